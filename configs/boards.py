@@ -1,0 +1,61 @@
+"""Training a compressor on the digit boards, between the embedded tower and the embedded LLM, both frozen.
+
+tcjax train configs/boards.py                        the resampler, 256 -> 64 tokens
+tcjax train configs/boards.py:pooled                 average pooling
+tcjax train configs/boards.py --model.compressor.num-queries 16 --train.steps 1000
+"""
+
+from configs.boards_base import BOARDS, TOKENIZER, llm_config, tower_config
+from configs.compressors import BOARDS as CATALOGUE
+from tcjax.compressors import mlp
+from tcjax.config import DataConfig, EvaluateConfig, Run, Source, TrainConfig
+from tcjax.vlm import VlmConfig
+
+PROJECTOR = "configs/boards_base/projector.safetensors"  # what the LLM was trained with
+BATCH = 16
+
+
+def compressed(
+    name: str, compressor: str, num_queries: int, *, steps: int, seed: int = 0, boards: int = 4000, test: int = 300
+) -> Run:
+    """One compressor learns for `steps` batches of 16 of the first `boards` training boards."""
+    return Run(
+        name=name,
+        label=compressor,
+        model=VlmConfig(tower=tower_config(), compressor=CATALOGUE[compressor](num_queries), llm=llm_config()),
+        data=DataConfig(
+            sources=(Source(path=BOARDS, split=f"train[:{boards}]"),),
+            tokenizer=TOKENIZER,
+            batch=BATCH,
+            seed=seed,
+            independent_turns=True,
+        ),
+        train=TrainConfig(
+            steps=steps,
+            peak_lr=2e-3,
+            warmup=0.05,
+            weight_decay=0.01,
+            b2=0.98,
+            seed=seed,
+            feature_cache=True,
+            save_every=100,
+        ),
+        evaluate=EvaluateConfig(source=Source(path=BOARDS, split="test"), boards=test),
+    )
+
+
+def reference(name: str = "boards/mlp-256", test: int = 300) -> Run:
+    """Nothing compressed: the base's own projector, 256 tokens, 0 steps."""
+    run = compressed(name, "mlp", 256, steps=0, test=test)
+    train = TrainConfig(steps=0, weights={"compressor": PROJECTOR}, feature_cache=True)
+    return run.replace(model=VlmConfig(tower=tower_config(), compressor=mlp.Config(), llm=llm_config()), train=train)
+
+
+def run() -> Run:
+    """The resampler at 64 tokens: 4x fewer."""
+    return compressed("boards/resampler-64", "resampler", 64, steps=2_000, boards=20_000)
+
+
+def pooled() -> Run:
+    """Average pooling at 64 tokens."""
+    return compressed("boards/avg_pool-64", "avg_pool", 64, steps=2_000, boards=20_000)

@@ -1,0 +1,203 @@
+"""Evaluating a Run: its questions through the trained model, the controls, the scores, and what an answer costs.
+
+Every question of the evaluation source is asked alone: the image, the question, a greedy answer. The controls ask the
+same questions about a grey image ("blank") and about another sample's image ("shuffled"): what they score is owed to
+language alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress
+
+from tcjax.batch import Batch
+from tcjax.compressors.base import Context
+from tcjax.config import EvaluateConfig, Run, Source
+from tcjax.evaluate.cost import cost
+from tcjax.evaluate.generate import make_generate, make_prefill
+from tcjax.evaluate.scores import Answer, exact_match, is_right, mean_accuracy, token_accuracy
+from tcjax.job import tower_features
+from tcjax.pipeline.chat import Chat, load_tokenizer
+from tcjax.pipeline.questions import EvaluationSet, questions
+from tcjax.pipeline.source import open_source
+from tcjax.vlm import Vlm, VlmConfig
+
+CONTROLS = ("blank", "shuffled")
+SHORT = 8  # answers of up to so many tokens are generated together, longer ones apart
+TIMED = 5  # prefills measured; the median is reported
+
+
+def evaluate_run(
+    run: Run, model: Vlm, identity: dict[str, Any], *, root: Path, out: Path, quiet: bool = False
+) -> dict[str, Any]:
+    """Scores and cost of a trained run; writes every answer to `out`/answers.jsonl.
+
+    Returns:
+        accuracy {task: {mean, low, high, n}}, token_accuracy and chance {task: share}, controls {control: accuracy},
+        mean_accuracy, visual_tokens, ratio, prefill_flops, kv_bytes, prefill_seconds (per image, median).
+    """
+    if run.evaluate is None:
+        raise ValueError(f"{run.name} has no `evaluate`: its config says nothing to score it on.")
+    config, scored = run.model, run.evaluate
+    if not isinstance(config, VlmConfig):
+        raise ValueError(f"{run.name} trains a {type(config).__name__}, which answers no questions; evaluate a VLM.")
+    unknown = sorted(set(scored.controls) - set(CONTROLS))
+    if unknown:
+        raise ValueError(f"controls {unknown} are unknown; choose among {list(CONTROLS)}.")
+    chat = Chat(load_tokenizer(root / run.data.tokenizer))
+    asked = questions(open_source(root, scored.source), chat, num_queries=config.num_queries, boards=scored.boards)
+    (end,) = chat.end_ids
+    images = Images(model, identity, config, scored, run.train.feature_cache, root=root, quiet=quiet)
+    answer = make_generate(model, end=end)
+
+    passes = {"": images.of, **{control: getattr(images, control) for control in scored.controls}}
+    answers: dict[str, list[Answer]] = {}
+    with Progress(disable=quiet, transient=True, console=Console(stderr=True)) as bar:
+        task = bar.add_task(f"{run.name}: answers", total=len(passes) * len(asked.index_B))
+        for name, look in passes.items():
+            said = _ask(answer, asked, look, scored.batch, lambda done: bar.update(task, advance=done))
+            expected = [[i for i in ids if i >= 0] for ids in asked.answer_BT.tolist()]
+            answers[name] = [Answer(*pair) for pair in zip(asked.task_B.tolist(), expected, said, strict=True)]
+    _write(out / "answers.jsonl", asked, answers[""], chat, end)
+    accuracy = exact_match(answers[""], end)
+    text_tokens = asked.tokens_BS.shape[1] - config.num_queries
+    bill = cost(config, text_tokens)
+    return {
+        "visual_tokens": bill.visual_tokens,
+        "ratio": bill.ratio,
+        "accuracy": accuracy,
+        "token_accuracy": token_accuracy(answers[""], end),
+        "chance": {task: float(asked.chance_B[asked.task_B == task].mean()) for task in accuracy},
+        "controls": {control: exact_match(answers[control], end) for control in scored.controls},
+        "mean_accuracy": mean_accuracy(accuracy).mean,
+        "prefill_flops": bill.prefill_flops,
+        "kv_bytes": bill.kv_bytes,
+        "prefill_seconds": _prefill_seconds(model, asked, images, scored.batch),
+    }
+
+
+class Images:
+    """Where the evaluated images come from: the feature cache or the files; and what the controls show instead."""
+
+    def __init__(
+        self,
+        model: Vlm,
+        identity: dict,
+        config: VlmConfig,
+        scored: EvaluateConfig,
+        cached: bool,
+        *,
+        root: Path,
+        quiet: bool,
+    ):
+        split = scored.source.split
+        if scored.boards and "[" not in split:
+            split = f"{split}[:{scored.boards}]"
+        source: Source = dataclasses.replace(scored.source, split=split)
+        self._prepared, self._pixels = open_source(root, source), config.tower.pixels
+        self._features = tower_features(model, identity, config, source, root=root, quiet=quiet) if cached else None
+        Y, X = self._pixels.size_YX
+        self._grey_YX3 = np.zeros((Y, X, 3), np.float32)  # the mean colour, once normalised
+        self._grey_NC = (
+            np.asarray(jax.jit(lambda image: model.tower(image))(self._grey_YX3[None]))[0] if cached else None
+        )
+
+    def pixels(self, index_B: np.ndarray) -> np.ndarray:
+        """float32 images_BYX3, normalised."""
+        return np.stack([self._prepared.image(int(index), self._pixels) for index in index_B])
+
+    def of(self, index_B: np.ndarray) -> dict[str, np.ndarray]:
+        if self._features is None:
+            return {"images_BYX3": self.pixels(index_B)}
+        return {"features_BNC": np.asarray(self._features[index_B])}
+
+    def blank(self, index_B: np.ndarray) -> dict[str, np.ndarray]:
+        """The same grey image for every question."""
+        if self._grey_NC is None:
+            return {"images_BYX3": np.broadcast_to(self._grey_YX3, (len(index_B), *self._grey_YX3.shape))}
+        return {"features_BNC": np.broadcast_to(self._grey_NC, (len(index_B), *self._grey_NC.shape))}
+
+    def shuffled(self, index_B: np.ndarray) -> dict[str, np.ndarray]:
+        """The image half the set away: never the question's own."""
+        num = len(self._prepared)
+        return self.of((index_B + max(num // 2, 1)) % num)
+
+
+def looks(model: Vlm, run: Run, *, root: Path, out: Path, boards: int = 4) -> Path:
+    """`out`/looks.npz: images uint8 [b, Y, X, 3], assign float32 [b, Q, N], grid (H, W), questions. For pictures."""
+    config, scored = run.model, run.evaluate
+    assert isinstance(config, VlmConfig) and scored is not None
+    prepared = open_source(root, scored.source)
+    images_BYX3 = np.stack([prepared.image(index, config.tower.pixels) for index in range(boards)])
+    see = jax.jit(lambda images: model.compress(Batch(images_BYX3=images), Context(assign=True)).assign_BQN)
+    mean, std = np.array(config.tower.pixels.mean), np.array(config.tower.pixels.std)
+    path = out / "looks.npz"
+    np.savez_compressed(
+        path,
+        images=((images_BYX3 * std + mean) * 255).round().clip(0, 255).astype(np.uint8),
+        assign=np.asarray(see(images_BYX3), np.float32),
+        grid=np.array(config.widths.grid_HW),
+        questions=np.array([prepared[index].image_id for index in range(boards)]),
+    )
+    return path
+
+
+def _ask(
+    answer: Callable[[Batch, int], jax.Array],
+    asked: EvaluationSet,
+    look: Callable[[np.ndarray], dict[str, np.ndarray]],
+    size: int,
+    show: Callable[[int], None],
+) -> list[list[int]]:
+    """Generated ids of every question, in order; the last batch is filled up with its first row to keep one shape."""
+    length_B = (asked.answer_BT >= 0).sum(1)
+    said: list[list[int]] = [[]] * len(length_B)
+    for rows in (np.flatnonzero(length_B <= SHORT), np.flatnonzero(length_B > SHORT)):
+        steps = int(length_B[rows].max(initial=0))
+        for start in range(0, len(rows), size):
+            some = rows[start : start + size]
+            filled = np.concatenate([some, np.repeat(some[:1], size - len(some))])
+            ids = np.asarray(answer(_batch(asked.rows(filled), look), steps))[: len(some)]
+            for row, generated in zip(some, ids.tolist(), strict=True):
+                said[row] = generated
+            show(len(some))
+    return said
+
+
+def _batch(asked: EvaluationSet, look: Callable[[np.ndarray], dict[str, np.ndarray]]) -> Batch:
+    return Batch(
+        tokens_BS=asked.tokens_BS, is_image_BS=asked.is_image_BS, valid_BS=asked.valid_BS, **look(asked.index_B)
+    )
+
+
+def _prefill_seconds(model: Vlm, asked: EvaluationSet, images: Images, size: int) -> float:
+    """Seconds per image from pixels to the first token's logits, compiled and warm, batch `size`."""
+    some = asked.rows(np.resize(np.arange(len(asked.index_B)), size))
+    batch = _batch(some, lambda index_B: {"images_BYX3": images.pixels(index_B)})
+    prefill, seconds = make_prefill(model), []
+    prefill(batch).block_until_ready()
+    for _ in range(TIMED):
+        begun = time.perf_counter()
+        prefill(batch).block_until_ready()
+        seconds.append(time.perf_counter() - begun)
+    return float(np.median(seconds)) / size
+
+
+def _write(path: Path, asked: EvaluationSet, answers: list[Answer], chat: Chat, end: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    texts = (asked.task_B, asked.question_B, asked.answer_B)
+    with path.open("w") as file:
+        rows = zip(asked.index_B.tolist(), *texts, answers, is_right(answers, end), strict=True)
+        for index, task, question, answer, given, right in rows:
+            line = {"index": index, "task": str(task), "question": str(question), "answer": str(answer)}
+            line |= {"generated": chat.decode(given.generated), "right": bool(right)}
+            file.write(json.dumps(line) + "\n")

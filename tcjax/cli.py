@@ -1,0 +1,315 @@
+"""The door: one thin verb per line. What a user can cause is one line on stderr and exit code 2, never a trace.
+
+    tcjax train CONFIG [--field value ...]      CONFIG is file.py or file.py:function; any field by its dotted name
+    tcjax evaluate RUN | report STUDY_DIR | export RUN --out DIR | ablate STUDY | compressors | data prepare FOLDER
+
+`TCJAX_TRACE=1` shows the trace as well.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+import tcjax
+
+Positional = tyro.conf.Positional
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """Answer the run's questions and print the scores.
+
+    run: folder of a trained run. json: print the scores as JSON instead of a table.
+    """
+
+    run: Positional[Path]
+    json: bool = False
+    quiet: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ablate:
+    """Train, score and export every run of a study; finished ones are skipped, interrupted ones go on.
+
+    study: folder with study.py. queries, compressors: comma-separated; seeds: how many. Left out, the study decides.
+    out: where rows and runs go (default: runs/<study> in the project).
+    """
+
+    study: Positional[Path]
+    queries: str = ""
+    compressors: str = ""
+    seeds: int = 0
+    out: Path | None = None
+    quiet: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Tables, plots, attention pictures and one self-contained HTML page from a study's rows."""
+
+    study_dir: Positional[Path]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """Take the trained weights away.
+
+    to: "artifact" is a folder that needs only torch and safetensors, with its parity certificate;
+    "parts" is every trained part as safetensors (tower and LLM under their published names).
+    """
+
+    run: Positional[Path]
+    out: Path
+    to: str = "artifact"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compressors:
+    """The catalogue as a table. grid: token grid, "24x24"; widths: vision and LLM width, "1024,4096"."""
+
+    grid: str = "24x24"
+    widths: str = "1024,4096"
+    json: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """prepare: write the shards of a dataset folder. verify: read everything and say what is wrong. preview: pictures.
+
+    split: of verify and preview. tokenizer: tokenizer.json that renders the conversations. size: pixels the tower sees.
+    text_length: positions for text. rows, out: how many conversations preview draws, and where.
+    """
+
+    action: Positional[str]
+    folder: Positional[Path]
+    split: str = "train"
+    tokenizer: Path = Path("configs/boards_base/tokenizer.json")
+    size: str = "64x64"
+    text_length: int = 144
+    rows: int = 8
+    out: Path = Path("runs/preview.html")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; return the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["--version"]:
+        print(f"tcjax {tcjax.__version__}")
+        return 0
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_usage())
+        return 0 if arguments else 2
+    verb, rest = arguments[0], arguments[1:]
+    if verb not in VERBS:
+        print(f"tcjax: no verb {verb!r}; choose one of {', '.join(VERBS)}.", file=sys.stderr)
+        return 2
+    try:
+        return VERBS[verb](rest)
+    except (ValueError, OSError, ArithmeticError) as error:
+        if os.environ.get("TCJAX_TRACE"):
+            raise
+        print(f"tcjax {verb}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"tcjax {verb}: interrupted; run the same command again to go on.", file=sys.stderr)
+        return 130
+
+
+def _usage() -> str:
+    lines = [
+        f"tcjax {tcjax.__version__}: {(tcjax.__doc__ or '').partition(': ')[2].strip()}",
+        "",
+        "usage: tcjax VERB ...",
+        "",
+    ]
+    texts = {"train": "Train a run: tcjax train configs/boards.py [--train.steps 100 ...]."}
+    texts |= {name: (cls.__doc__ or "").strip().partition("\n")[0] for name, cls in _FORMS.items()}
+    return "\n".join(lines + [f"  {name:<12}{texts[name]}" for name in VERBS] + ["", "tcjax VERB --help says more."])
+
+
+def _train(arguments: list[str]) -> int:
+    from tcjax import content
+
+    if not arguments or arguments[0].startswith("-"):
+        print(
+            "usage: tcjax train CONFIG [--out DIR] [--field value ...]\n\nCONFIG is file.py or file.py:function, for instance"
+        )
+        print("configs/boards.py; `tcjax train CONFIG --help` lists every field with its default.")
+        return 0 if arguments[:1] in (["-h"], ["--help"]) else 2
+    default, root = content.call(arguments[0])
+    run_type = type(default)
+    form = dataclasses.make_dataclass(
+        "train",
+        [("run", Annotated[run_type, tyro.conf.arg(name="")]), ("out", Path | None), ("quiet", bool)],
+        namespace={"__doc__": f"Train {default.name}; any field can be given."},
+    )
+    asked: Any = tyro.cli(
+        form,
+        args=arguments[1:],
+        default=form(default, None, False),
+        prog=f"tcjax train {arguments[0]}",
+        config=(tyro.conf.AvoidSubcommands,),
+    )
+
+    from tcjax.job import train_run
+
+    out = asked.out or root / "runs" / asked.run.name
+    outcome = train_run(asked.run, root=root, out=out, quiet=asked.quiet)
+    if not asked.quiet:
+        print(f"{asked.run.name}: {outcome.steps} steps in {outcome.seconds:.0f} s; {out}")
+    return 0
+
+
+def _evaluate(arguments: list[str]) -> int:
+    asked = _parse(Evaluate, arguments)
+
+    from tcjax import content
+    from tcjax.answer import evaluate_run
+    from tcjax.job import load_run, trained
+    from tcjax.study.tables import score_table
+
+    run, root = load_run(asked.run), content.project_root(asked.run)
+    model, identity, step = trained(run, root=root, out=asked.run)
+    scores = evaluate_run(run, model, identity, root=root, out=asked.run, quiet=asked.quiet)  # pyright: ignore
+    print(json.dumps(scores | {"step": step}, indent=1)) if asked.json else score_table(run.name, step, scores)
+    return 0
+
+
+def _ablate(arguments: list[str]) -> int:
+    asked = _parse(Ablate, arguments)
+
+    from tcjax.study.ablate import Choice, ablate
+
+    choice = Choice(
+        queries=_numbers(asked.queries, "--queries"),
+        compressors=tuple(name.strip() for name in asked.compressors.split(",")) if asked.compressors else None,
+        seeds=asked.seeds or None,
+    )
+    print(ablate(asked.study, choice, out=asked.out, quiet=asked.quiet))
+    return 0
+
+
+def _report(arguments: list[str]) -> int:
+    asked = _parse(Report, arguments)
+
+    from tcjax.study.report import report
+
+    for path in report(asked.study_dir).values():
+        print(path)
+    return 0
+
+
+def _export(arguments: list[str]) -> int:
+    asked = _parse(Export, arguments)
+
+    from tcjax import content
+    from tcjax.export.run import EXPORTS
+    from tcjax.job import load_run, trained
+    from tcjax.study import rows
+
+    if asked.to not in EXPORTS:
+        raise ValueError(f"--to {asked.to!r} is unknown; choose one of {sorted(EXPORTS)}.")
+    run, root = load_run(asked.run), content.project_root(asked.run)
+    model, identity, _ = trained(run, root=root, out=asked.run)
+    study, _ = rows.read(asked.run.resolve().parent)
+    print(EXPORTS[asked.to](run, model, identity, out=asked.out, root=root, rows=study))
+    return 0
+
+
+def _compressors(arguments: list[str]) -> int:
+    asked = _parse(Compressors, arguments)
+
+    from tcjax import content
+    from tcjax.study.tables import catalogue_table
+
+    module, _ = content.load(content.project_root(Path.cwd() / "here") / "configs/compressors.py")
+    grid_HW, (vision, llm) = _pair(asked.grid, "--grid"), _pair(asked.widths, "--widths")
+    catalogue_table(module.CATALOGUE, grid_HW, vision, llm, as_json=asked.json)
+    return 0
+
+
+def _data(arguments: list[str]) -> int:
+    asked = _parse(Data, arguments)
+    actions = ("prepare", "verify", "preview")
+    if asked.action not in actions:
+        raise ValueError(f"data {asked.action!r} is unknown; choose one of {', '.join(actions)}.")
+
+    from tcjax import content
+    from tcjax.pipeline import prepare, preview, verify
+
+    root = content.project_root(asked.folder)
+    if asked.action == "prepare":
+        sys.path.insert(0, str(root))  # a builder may use its neighbour's
+        print(prepare.prepare(asked.folder))
+        return 0
+    from tcjax.config import Pixels, Source
+    from tcjax.pipeline.chat import Chat, load_tokenizer
+    from tcjax.pipeline.source import open_source
+
+    chat = Chat(load_tokenizer(asked.tokenizer))
+    prepared = open_source(root, Source(path=str(asked.folder.resolve().relative_to(root)), split=asked.split))
+    pixels = Pixels(size_YX=_pair(asked.size, "--size"))
+    if asked.action == "preview":
+        rows = range(min(asked.rows, len(prepared)))
+        print(
+            preview.preview(prepared, chat, pixels, asked.out, num_queries=0, text_length=asked.text_length, rows=rows)
+        )
+        return 0
+    found = verify.verify(prepared, chat, pixels, text_length=asked.text_length)
+    print(f"{found.records} records of {asked.split}, longest conversation {found.longest} positions")
+    for kind, number in found.problems.items():
+        print(f"  {kind}: {number}, for instance {list(getattr(found, kind))[:5]}")
+    print("no problems" if not found.problems else f"{sum(found.problems.values())} problems")
+    return 1 if found.problems else 0
+
+
+def _parse(form: type, arguments: list[str]) -> Any:
+    verb = form.__name__.lower()
+    return tyro.cli(form, args=arguments, prog=f"tcjax {verb}")
+
+
+def _numbers(text: str, flag: str) -> tuple[int, ...] | None:
+    if not text:
+        return None
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"{flag} takes whole numbers separated by commas, as in 64,16,4; got {text!r}.") from None
+
+
+def _pair(text: str, flag: str) -> tuple[int, int]:
+    numbers = _numbers(text.replace("x", ","), flag) or ()
+    if len(numbers) != 2:
+        raise ValueError(f"{flag} takes two whole numbers, as in 24x24; got {text!r}.")
+    return numbers[0], numbers[1]
+
+
+_FORMS: dict[str, type] = {
+    "evaluate": Evaluate,
+    "ablate": Ablate,
+    "report": Report,
+    "export": Export,
+    "compressors": Compressors,
+    "data": Data,
+}
+VERBS: dict[str, Callable[[list[str]], int]] = {
+    "train": _train,
+    "evaluate": _evaluate,
+    "ablate": _ablate,
+    "report": _report,
+    "export": _export,
+    "compressors": _compressors,
+    "data": _data,
+}
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,97 @@
+"""Pixel shuffle: s x s neighbours are laid side by side into one wide token, then projected. Nothing is averaged away.
+
+    y_(i,j) = W [x_(is, js) ; x_(is, js+1) ; ... ; x_(is+s-1, js+s-1)]        Q = N / s^2
+
+Channel order of the wide token is (dy, dx, c), c fastest. Two published heads:
+  "linear": one bias-free linear layer. Laurencon et al. 2024, "Building and better understanding vision-language
+      models" (Idefics3); SmolVLM.
+  "mlp": LayerNorm (eps 1e-5), linear, GELU, linear. Chen et al. 2024, "How Far Are We to GPT-4V?" (InternVL 1.5), in
+      Hugging Face's row-major orientation; the original's ps_version "v1" emits the tokens column by column.
+Departures: rectangular grids. With padding, invalid tokens enter as 0 and an output is valid if any of its s^2 tokens
+is. Cost: N C D multiplications per image (+ Q D^2 for "mlp"); parameters grow with s^2.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from tcjax.compressors.base import (
+    Compressed,
+    Compressor,
+    Context,
+    Widths,
+    check_grid,
+    masked,
+    refuse_queries,
+    shares,
+    visible,
+)
+from tcjax.nn.dense import dense, torch_uniform
+from tcjax.nn.mlp import Mlp
+from tcjax.nn.norm import LayerNorm
+from tcjax.nn.pool import averaging_matrix
+
+Head = Literal["linear", "mlp"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """num_queries: N / s^2, where s divides both sides of the grid. head: what projects the wide tokens."""
+
+    num_queries: int = 64
+    head: Head = "linear"
+
+    def outputs(self, widths: Widths) -> int:
+        return widths.num_tokens // self.factor(widths) ** 2
+
+    def factor(self, widths: Widths) -> int:
+        """s on this grid."""
+        sides = math.gcd(*widths.grid_HW)
+        queries = {widths.num_tokens // s**2: s for s in range(1, sides + 1) if sides % s == 0}
+        if self.num_queries not in queries:
+            raise refuse_queries(self.num_queries, widths, "a whole s x s shuffle", queries)
+        return queries[self.num_queries]
+
+    def build(self, widths: Widths, rngs: nnx.Rngs) -> PixelShuffle:
+        return PixelShuffle(self, widths, rngs=rngs)
+
+
+class PixelShuffle(Compressor):
+    def __init__(self, config: Config, widths: Widths, *, rngs: nnx.Rngs):
+        if config.head not in get_args(Head):
+            raise ValueError(f"head={config.head!r} is no head of pixel_shuffle; possible: {list(get_args(Head))}.")
+        self.widths, self.num_outputs, self.factor = widths, config.outputs(widths), config.factor(widths)
+        E, D = widths.vision_C * self.factor**2, widths.llm_D
+        if config.head == "linear":
+            self.norm = None
+            self.head = dense("ED", E, D, bias=False, init=torch_uniform, rngs=rngs)
+        else:
+            self.norm = LayerNorm("E", E, eps=1e-5)
+            self.head = Mlp("EFD", (E, D, D), rngs=rngs)
+
+    def __call__(self, tokens_BNC: jax.Array, context: Context = Context()) -> Compressed:
+        check_grid(tokens_BNC, self.widths)
+        wide_BQE = self._gather(visible(tokens_BNC, context))
+        tokens_BQD = self.head(wide_BQE if self.norm is None else self.norm(wide_BQE))
+        valid_BQ = assign_BQN = None
+        if context.valid_BN is not None:
+            valid_BQ = self._gather(context.valid_BN[..., None]).any(-1)
+        if context.assign:
+            (H, W), s = self.widths.grid_HW, self.factor
+            block_QN = np.kron(averaging_matrix(H, H // s), averaging_matrix(W, W // s))
+            assign_BQN = shares(jnp.broadcast_to(block_QN, (len(tokens_BNC), *block_QN.shape)), context.valid_BN)
+        return Compressed(masked(tokens_BQD, valid_BQ), valid_BQ, assign_BQN)
+
+    def _gather(self, tokens_BNC: jax.Array) -> jax.Array:
+        """Space to depth: [B, N, C] -> [B, Q, E] with E = s * s * C in the order (dy, dx, c)."""
+        (H, W), s = self.widths.grid_HW, self.factor
+        B, _, C = tokens_BNC.shape
+        split = tokens_BNC.reshape(B, H // s, s, W // s, s, C)
+        return split.transpose(0, 1, 3, 2, 4, 5).reshape(B, self.num_outputs, s * s * C)

@@ -1,0 +1,188 @@
+"""One table, both ways: each line says which leaf of an nnx module is which tensor of a PyTorch checkpoint.
+
+    Name("blocks/attention/query/kernel", "model.layers.{L}.self_attn.q_proj.weight", "transpose")
+
+A leaf is its "/"-joined path in the module's state. "{L}" stands for the layer index and says that the leaf carries a
+leading L axis; the op then holds for every layer. Ops are a closed set, each with its exact inverse: nothing is guessed
+from a rank, nothing is reshaped silently, and a name that does not fit is an error that lists all that do not fit.
+A transposed square matrix has the right shape; only a forward pass can find it (tcjax.export does).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+
+from tcjax.interop.mismatch import mismatch
+
+Arrays = dict[str, np.ndarray]
+Shapes = dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Name:
+    """jax: path of a leaf. torch: published name on disk. op: one of OPS, what the layout takes."""
+
+    jax: str
+    torch: str
+    op: str = "same"
+
+    def __post_init__(self):
+        assert self.op in OPS, f"{self.jax}: op {self.op!r} is none of {list(OPS)}"
+
+    @property
+    def is_stacked(self) -> bool:
+        return "{L}" in self.torch
+
+
+class Op(NamedTuple):
+    to_torch: Callable[[np.ndarray], np.ndarray]
+    to_jax: Callable[[np.ndarray], np.ndarray]
+
+
+def _same(array: np.ndarray) -> np.ndarray:
+    return array
+
+
+def _pixels_to_conv(kernel_PC: np.ndarray) -> np.ndarray:
+    side = math.isqrt(kernel_PC.shape[0] // 3)
+    assert side * side * 3 == kernel_PC.shape[0], f"rows of {kernel_PC.shape} are no square RGB patch"
+    return kernel_PC.reshape(side, side, 3, -1).transpose(3, 2, 0, 1)
+
+
+def _conv_to_pixels(weight_C3YX: np.ndarray) -> np.ndarray:
+    return weight_C3YX.transpose(2, 3, 1, 0).reshape(-1, weight_C3YX.shape[0])
+
+
+OPS = {
+    "same": Op(_same, _same),
+    "transpose": Op(np.transpose, np.transpose),  # kernel [in, out] <-> weight [out, in]
+    # kernel [y * x * 3, out], rows in the order (y, x, colour) <-> convolution [out, 3, y, x] over square RGB patches
+    "patches": Op(_pixels_to_conv, _conv_to_pixels),
+}
+
+
+def to_torch(arrays: Mapping[str, np.ndarray], names: Sequence[Name]) -> Arrays:
+    """Leaves as the published tensors: C-contiguous copies in the leaves' own types.
+
+    Raises:
+        WeightMismatch: the arrays are not exactly the table's leaves.
+    """
+    table = _by_leaf(names)
+    _refuse(mismatch({path: arrays[path].shape for path in arrays}, dict.fromkeys(table), "leaves"))
+    tensors: Arrays = {}
+    for name in names:
+        for key, part in _parts(name, arrays[name.jax]):
+            assert key not in tensors, f"two leaves are called {key!r}"
+            tensors[key] = np.array(OPS[name.op].to_torch(part), order="C")
+    return tensors
+
+
+def from_torch(
+    tensors: Mapping[str, np.ndarray], names: Sequence[Name], shapes: Shapes, *, ignore: Collection[str] = ()
+) -> Arrays:
+    """Published tensors as leaves: the inverse of `to_torch`, in the tensors' own types.
+
+    Args:
+        shapes: of every leaf, from `shapes(module)`.
+        ignore: regular expressions; a tensor the table does not name may match one whole and is then left out.
+
+    Raises:
+        WeightMismatch: one error listing every missing, unexpected and misshapen tensor.
+    """
+    table = _by_leaf(names)
+    assert table.keys() == shapes.keys(), f"table and module differ in {sorted(table.keys() ^ shapes.keys())}"
+    expected = published_shapes(names, shapes)
+    dropped = re.compile("|".join(f"(?:{pattern})" for pattern in ignore)) if ignore else None
+    found = {
+        key: tensor.shape
+        for key, tensor in tensors.items()
+        if key in expected or dropped is None or not dropped.fullmatch(key)
+    }
+    _refuse(mismatch(found, expected, "tensors"))
+    arrays: Arrays = {}
+    for name in names:
+        to_jax = OPS[name.op].to_jax
+        if name.is_stacked:
+            layers = (name.torch.replace("{L}", str(layer)) for layer in range(shapes[name.jax][0]))
+            arrays[name.jax] = np.stack([to_jax(tensors[key]) for key in layers])
+        else:
+            arrays[name.jax] = np.array(to_jax(tensors[name.torch]), order="C")
+    return arrays
+
+
+def published_shapes(names: Sequence[Name], shapes: Shapes) -> Shapes:
+    """The shape every published tensor must have for leaves of these shapes."""
+    published: Shapes = {}
+    for name in names:
+        weightless = np.broadcast_to(np.uint8(0), shapes[name.jax])
+        for key, part in _parts(name, weightless):
+            assert key not in published, f"two leaves are called {key!r}"
+            published[key] = OPS[name.op].to_torch(part).shape
+    return published
+
+
+def matching(arrays: Mapping[str, np.ndarray], shapes: Shapes) -> Arrays:
+    """The arrays themselves if they are exactly these leaves under our own paths; WeightMismatch otherwise."""
+    _refuse(mismatch({path: arrays[path].shape for path in arrays}, shapes, "leaves"))
+    return dict(arrays)
+
+
+def flatten(module: nnx.Module | nnx.State) -> Arrays:
+    """Every weight by its path, as numpy in its own type (bfloat16 stays bfloat16)."""
+    return {path: np.asarray(leaf.get_value()) for path, leaf in _leaves(module)}
+
+
+def shapes(module: nnx.Module | nnx.State) -> Shapes:
+    """The shape of every weight by its path; also of an abstract module (nnx.eval_shape)."""
+    return {path: tuple(leaf.get_value().shape) for path, leaf in _leaves(module)}
+
+
+def assign(module: nnx.Module, arrays: Mapping[str, np.ndarray]) -> None:
+    """Replace every weight of the module in place, each cast to the type and put where the old one lay.
+
+    Raises:
+        WeightMismatch: the arrays are not exactly the module's leaves.
+    """
+    arrays = matching(arrays, shapes(module))
+    state = nnx.state(module, _WEIGHTS)
+    for path, leaf in _leaves(state):
+        old = leaf.get_value()
+        new = np.asarray(arrays[path]).astype(old.dtype, copy=False)
+        leaf.set_value(jax.device_put(new, getattr(old, "sharding", None), may_alias=False))
+    nnx.update(module, state)
+
+
+_WEIGHTS = nnx.Not(nnx.RngState)
+
+
+def _leaves(module: nnx.Module | nnx.State) -> Iterator[tuple[str, nnx.Variable]]:
+    state = module if isinstance(module, nnx.State) else nnx.state(module, _WEIGHTS)
+    for path, leaf in nnx.to_flat_state(state):
+        yield "/".join(map(str, path)), leaf
+
+
+def _by_leaf(names: Sequence[Name]) -> dict[str, Name]:
+    table = {name.jax: name for name in names}
+    assert len(table) == len(names), "a leaf is named twice"
+    return table
+
+
+def _parts(name: Name, leaf: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    if not name.is_stacked:
+        yield name.torch, leaf
+        return
+    for layer, part in enumerate(leaf):
+        yield name.torch.replace("{L}", str(layer)), part
+
+
+def _refuse(error: ValueError | None) -> None:
+    if error is not None:
+        raise error

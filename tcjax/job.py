@@ -1,0 +1,147 @@
+"""Training a Run, from its config to the model: joins pipeline, features and loop, which do not know each other.
+
+    load_run:     a run's folder -> its resolved config
+    train_run:    config -> model with its weights, features, batches -> tcjax.train.loop -> trained model
+    trained:      a run's folder -> the model as it was trained
+
+Content (datasets, configs) arrives as paths below the project's root.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from rich.console import Console
+from rich.progress import Progress, TimeElapsedColumn, TimeRemainingColumn
+
+from tcjax.assemble import assemble
+from tcjax.config import Run, Source
+from tcjax.evaluate.cost import training_flops
+from tcjax.pipeline.images import CorruptImage
+from tcjax.pipeline.input import make_input
+from tcjax.pipeline.source import open_source
+from tcjax.record import IS, fingerprint, from_dict, to_dict
+from tcjax.sharding import make_mesh, place
+from tcjax.train.checkpoint import Checkpoints
+from tcjax.train.features import cached_features
+from tcjax.train.loop import Outcome, train
+from tcjax.train.optimiser import make_optimiser
+from tcjax.train.state import init, split
+from tcjax.vlm import VlmConfig
+
+FEATURES = "runs/features"
+
+
+def load_run(out: Path) -> Run:
+    """The resolved config of a run's folder; ValueError if it is none, or names an unknown field."""
+    path = out / "run.json"
+    if not path.is_file():
+        raise ValueError(
+            f"{out} is not a run's folder: it has no run.json. `tcjax train CONFIG` makes one below runs/."
+        )
+    run = from_dict(json.loads(path.read_text()), str(path))
+    if not isinstance(run, Run):
+        raise ValueError(f"{path} does not hold a Run but a {type(run).__name__}.")
+    return run
+
+
+def train_run(run: Run, *, root: Path, out: Path, quiet: bool = False) -> Outcome:
+    """Train a run in its folder `out`, resuming if it holds checkpoints. With 0 steps the model is the one assembled."""
+    config: Any = run.model
+    model, identity = assemble(config, root=root, seed=run.train.seed, start=run.train.weights)
+    features = None
+    if run.train.feature_cache:
+        features = tuple(
+            tower_features(model, identity, config, source, root=root, quiet=quiet) for source in run.data.sources
+        )
+    batches = make_input(
+        run.data,
+        config.tower.pixels,
+        config.num_queries,
+        root=root,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        features=features,
+        patch=config.labelled_patch,
+    )
+    return train(
+        run,
+        model,
+        batches,
+        root=root,
+        out=out,
+        identity=identify(run, identity),
+        flops_per_sample=_flops_per_sample(run),
+        quiet=quiet,
+    )
+
+
+def tower_features(
+    model: Any, identity: dict[str, Any], config: Any, source: Source, *, root: Path, quiet: bool = False
+) -> np.ndarray:
+    """The frozen tower's tokens of every image of `source`, from the shared cache; float32 [images, N, C]."""
+    prepared = open_source(root, source)
+
+    def read(index: int) -> np.ndarray | None:
+        try:
+            return prepared.image(index, config.tower.pixels)
+        except CorruptImage:
+            return None
+
+    facts = {
+        "tower": to_dict(config.tower) | {"weights": identity["tower.weights"]},
+        "dataset": fingerprint(source, root),
+        "images": len(prepared),
+    }
+    columns = (*Progress.get_default_columns()[:3], TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, disable=quiet, transient=True, console=Console(stderr=True)) as bar:
+        task = bar.add_task(f"features of {source.path} {source.split}", total=len(prepared))
+        return cached_features(
+            model.tower,
+            read,
+            len(prepared),
+            folder=root / FEATURES,
+            facts=facts,
+            show=lambda done, _: bar.update(task, completed=done),
+        )
+
+
+def trained(run: Run, *, root: Path, out: Path) -> tuple[nnx.Module, dict[str, Any], int]:
+    """The model with the newest checkpoint of `out` in it, its identity, and the checkpoint's step.
+
+    A run of 0 steps has no checkpoint and is the model as it was assembled.
+    """
+    model, identity = assemble(run.model, root=root, seed=run.train.seed, start=run.train.weights)
+    if run.train.steps == 0:
+        return model, identity, 0
+    mesh = make_mesh(run.mesh)
+    graphdef, trainable, frozen = split(model, run.train.trainable)
+    state = place(init(place(trainable, mesh), make_optimiser(run.train)), mesh)
+    checkpoints = Checkpoints(out / "checkpoints", keep=run.train.keep)
+    restored = checkpoints.restore(state, identify(run, identity))
+    checkpoints.close()
+    if restored is None:
+        raise ValueError(f"{out} holds no checkpoint yet; run `tcjax train` on its config first.")
+    return nnx.merge(graphdef, restored.state.trainable, place(frozen, mesh)), identity, restored.step
+
+
+# What may change when a run goes on: how long, how often it speaks and saves.
+_FREE = ("steps", "save_every", "keep", "log_every", "wandb")
+
+
+def identify(run: Run, model_identity: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint must agree with: the model, the weights it stands on, the data, and how it is trained."""
+    train = {f"train.{k}": v for k, v in to_dict(run.train).items() if k not in (*_FREE, IS)}
+    data = {f"data.{k}": v for k, v in to_dict(run.data).items() if k != IS}
+    return model_identity | data | train
+
+
+def _flops_per_sample(run: Run) -> float:
+    if not isinstance(run.model, VlmConfig):
+        return 0.0  # only the VLM's cost is known analytically
+    return training_flops(run.model, run.data.text_length, run.train.trainable, cached_features=run.train.feature_cache)

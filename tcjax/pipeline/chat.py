@@ -1,0 +1,160 @@
+"""A conversation and Q -> tokens_S, is_image_S, supervised_S, valid_S. S = Q + text_length.
+
+    <bos> <image> x Q   <user> question <assistant> answer <end>   <user> question <assistant> answer <end>  ...
+                                                    ~~~~~~~~~~~~                               ~~~~~~~~~~~~ supervised
+
+Ids are the concatenation of spans encoded one by one: the mask is exact because nothing is found again by searching
+re-tokenised text. `text_length` covers everything but the Q image positions. A longer conversation loses whole
+trailing turns, never image positions and never half an answer; `Rendered.dropped` counts them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tokenizers import Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Template:
+    """The strings between the spans. image and pad must be one token each, the others may be several ("USER: ")."""
+
+    begin: str = "<bos>"
+    image: str = "<image>"
+    user: str = "<user>"
+    assistant: str = "<assistant>"
+    end: str = "<end>"
+    pad: str = "<pad>"
+
+
+class Turn(NamedTuple):
+    question: str
+    answer: str
+
+
+class Rendered(NamedTuple):
+    """One row of a Batch. segment_S: 0 for begin mark and image, then 1, 2, ... per turn. dropped: turns that did not fit."""
+
+    tokens_S: np.ndarray
+    is_image_S: np.ndarray
+    supervised_S: np.ndarray
+    valid_S: np.ndarray
+    segment_S: np.ndarray
+    dropped: int = 0
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """A tokenizer.json of the `tokenizers` library."""
+    if not Path(path).is_file():
+        raise ValueError(f"no tokenizer at {path}; DataConfig.tokenizer names a tokenizer.json below the project root.")
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exceptions
+        raise ValueError(f"{path} is not a tokenizer.json of the tokenizers library: {error}") from error
+
+
+class Chat:
+    """A tokenizer with a template: renders conversations for training and single questions for evaluation."""
+
+    def __init__(self, tokenizer: Tokenizer, template: Template = Template()):
+        self.tokenizer, self.template = tokenizer, template
+        self.image_id, self.pad_id = self._single("image"), self._single("pad")
+        unknown = getattr(tokenizer.model, "unk_token", None)
+        self._unknown_id = None if unknown is None else tokenizer.token_to_id(unknown)
+        self.encode = lru_cache(maxsize=1 << 16)(self._encode)  # questions and short answers repeat
+        self._begin = self.encode(template.begin) if template.begin else ()
+        self._user, self._assistant = self.encode(template.user), self.encode(template.assistant)
+        self._end = self.encode(template.end)
+        if not self._end:
+            raise ValueError("Template.end is empty; answers need an end mark that generation can stop at.")
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """What closes an answer; generation stops here."""
+        return self._end
+
+    def render(self, turns: Sequence[Turn], *, num_queries: int, text_length: int, name: str = "") -> Rendered:
+        """A training row; right-padded.
+
+        Args:
+            turns: question and answer each; every answer is supervised together with its end mark.
+            num_queries: Q, image positions; 0 renders a conversation without image.
+            name: of the sample, for error messages.
+
+        Raises:
+            ValueError: no answer fits into `text_length`, or a word is unknown to the tokenizer.
+        """
+        ids, supervised, kept = list(self._begin), [False] * len(self._begin), 0
+        segment = [0] * len(self._begin)
+        for question, answer in turns:
+            asked = self._question(question)
+            said = (*self.encode(answer), *self._end)
+            if len(ids) + len(asked) + len(said) > text_length:
+                break
+            ids += [*asked, *said]
+            supervised += [False] * len(asked) + [True] * len(said)
+            kept += 1
+            segment += [kept] * (len(asked) + len(said))
+        if not kept:
+            raise ValueError(
+                f"sample {name!r} has {len(turns)} turns and none fits: no supervised token within "
+                f"text_length={text_length}. Raise DataConfig.text_length or drop the sample."
+            )
+        S, start, image = num_queries + text_length, len(self._begin), [self.image_id] * num_queries
+        tokens_S, supervised_S = np.full(S, self.pad_id, np.int32), np.zeros(S, bool)
+        is_image_S, valid_S, segment_S = np.zeros(S, bool), np.zeros(S, bool), np.zeros(S, np.int32)
+        end = num_queries + len(ids)
+        tokens_S[:end] = ids[:start] + image + ids[start:]
+        supervised_S[num_queries + start : end] = supervised[start:]
+        is_image_S[start : start + num_queries] = True
+        valid_S[:end] = True
+        segment_S[num_queries + start : end] = segment[start:]
+        return Rendered(tokens_S, is_image_S, supervised_S, valid_S, segment_S, len(turns) - kept)
+
+    def render_question(self, question: str, *, num_queries: int) -> list[int]:
+        """Prompt ids up to and including the assistant mark, image placeholders included."""
+        return [*self._begin, *[self.image_id] * num_queries, *self._question(question)]
+
+    def answer_ids(self, answer: str) -> tuple[int, ...]:
+        """What a right model generates: the answer and its end mark."""
+        return (*self.encode(answer), *self._end)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of generated ids up to the first end mark, special tokens left out."""
+        ids = [int(i) for i in ids]
+        width = len(self._end)
+        ends = (i for i in range(len(ids) - width + 1) if tuple(ids[i : i + width]) == self._end)
+        return self.tokenizer.decode(ids[: next(ends, len(ids))], skip_special_tokens=True).strip()
+
+    def unknown_words(self, text: str) -> list[str]:
+        """The pieces of `text` that this tokenizer has no id for."""
+        encoding = self.tokenizer.encode(text, add_special_tokens=False)
+        found = zip(encoding.ids, encoding.offsets, strict=True)
+        return [text[first:past] for token, (first, past) in found if token == self._unknown_id]
+
+    def _question(self, question: str) -> tuple[int, ...]:
+        return (*self._user, *self.encode(question), *self._assistant)
+
+    def _encode(self, text: str) -> tuple[int, ...]:
+        ids = tuple(self.tokenizer.encode(text, add_special_tokens=False).ids)
+        if self._unknown_id is not None and self._unknown_id in ids:
+            raise ValueError(
+                f"the tokenizer has no id for {self.unknown_words(text)} in {text!r}; "
+                f"use the tokenizer the dataset was made for, or add the words."
+            )
+        return ids
+
+    def _single(self, field: str) -> int:
+        text = getattr(self.template, field)
+        found = self.tokenizer.token_to_id(text)
+        if found is None:
+            raise ValueError(
+                f"Template.{field}={text!r} is not one token of the tokenizer; add it to the tokenizer or name a "
+                f"reserved token it has."
+            )
+        return found

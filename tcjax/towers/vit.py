@@ -1,0 +1,224 @@
+"""Vision transformer: images_BYX3 -> tokens_BNC, the N = H * W patches of the image in row-major order.
+
+    x = patches W + b (+ class token) + position;   per block:  x += attention(norm(x));  x += mlp(norm(x))
+
+One file is CLIP, SigLIP and any small tower by config. Sources: Radford et al. 2021 (CLIP), Zhai et al. 2023 (SigLIP),
+checked against `transformers` (CLIPVisionModel, SiglipVisionModel) in tests/test_vit.py. Departures: a patch is a row
+of a matrix instead of a convolution (the same sums), the class token is dropped at the end, and a block or norm that
+`feature_layer` does not need is not built. Cost per image and layer: 8 N C^2 + 4 N C F + 4 N^2 C FLOPs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.nn import initializers
+
+from tcjax.config import Pixels
+from tcjax.interop.names import Name
+from tcjax.nn import layers
+from tcjax.nn.activations import ACTIVATIONS
+from tcjax.nn.attention import attend
+from tcjax.nn.dense import dense, small_normal
+from tcjax.nn.norm import LayerNorm
+
+
+@dataclass(frozen=True, kw_only=True)
+class VitConfig:
+    """A tower's published numbers and the layer its features are read from.
+
+    pixels: size and normalisation of the images. patch: side of a square patch in pixels; pixels that do not fill a
+    patch on the right and at the bottom are left out (SigLIP's 384 = 27 * 14 + 6).
+    pre_norm: a norm before the first block (CLIP). post_norm: a norm after the last one (SigLIP).
+    feature_layer: -1 reads after the last block and the post norm; -2 before the last block (LLaVA), and so on.
+    weights: path of published safetensors ("": from the seed); loaded by whoever builds the run.
+    """
+
+    pixels: Pixels
+    patch: int
+    width: int
+    layers: int
+    heads: int
+    feed_forward: int
+    activation: str
+    norm_eps: float
+    class_token: bool
+    patch_bias: bool
+    pre_norm: bool
+    post_norm: bool
+    feature_layer: int = -1
+    weights: str = ""
+
+    def __post_init__(self):
+        if min(self.patch, self.width, self.layers, self.heads, self.feed_forward) < 1:
+            raise ValueError(f"patch, width, layers, heads and feed_forward must be at least 1, but this is {self}.")
+        if self.width % self.heads:
+            raise ValueError(f"heads={self.heads} must divide width={self.width}.")
+        if min(self.pixels.size_YX) < self.patch:
+            raise ValueError(f"pixels.size_YX={self.pixels.size_YX} must hold at least one patch={self.patch}.")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation={self.activation!r} is unknown; possible: {sorted(ACTIVATIONS)}.")
+        if not -self.layers <= self.feature_layer <= -1:
+            raise ValueError(f"feature_layer={self.feature_layer} must count from the end: {-self.layers} ... -1.")
+
+    @property
+    def grid_HW(self) -> tuple[int, int]:
+        rows_Y, columns_X = self.pixels.size_YX
+        return rows_Y // self.patch, columns_X // self.patch
+
+    @property
+    def num_tokens(self) -> int:
+        """N. CLIP-L/336: 24 * 24 = 576; the class token does not count."""
+        return self.grid_HW[0] * self.grid_HW[1]
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks that are built and run."""
+        return self.layers + 1 + self.feature_layer
+
+    @property
+    def norms_last(self) -> bool:
+        """Whether the post norm is built and run: only after the very last block."""
+        return self.post_norm and self.feature_layer == -1
+
+    def build(self, rngs: nnx.Rngs) -> Vit:
+        return Vit(self, rngs=rngs)
+
+
+class Vit(nnx.Module):
+    """cfg: the numbers it was built from."""
+
+    def __init__(self, cfg: VitConfig, *, rngs: nnx.Rngs):
+        self.cfg = cfg
+        self.patch = dense("PC", 3 * cfg.patch**2, cfg.width, bias=cfg.patch_bias, rngs=rngs)
+        if cfg.class_token:
+            self.class_token = nnx.Param(small_normal(rngs.params(), (cfg.width,)), axes="C")
+        num_positions = cfg.num_tokens + cfg.class_token
+        self.position = nnx.Param(small_normal(rngs.params(), (num_positions, cfg.width)), axes="NC")
+        if cfg.pre_norm:
+            self.pre_norm = LayerNorm("C", cfg.width, eps=cfg.norm_eps)
+        self.blocks = layers.stack(lambda rngs: Block(cfg, rngs=rngs), cfg.num_blocks, rngs)
+        if cfg.norms_last:
+            self.post_norm = LayerNorm("C", cfg.width, eps=cfg.norm_eps)
+
+    def __call__(self, images_BYX3: jax.Array) -> jax.Array:
+        """Tokens of normalised images, [B, N, C] in row-major grid order."""
+        cfg = self.cfg
+        if images_BYX3.ndim != 4 or images_BYX3.shape[1:] != (*cfg.pixels.size_YX, 3):
+            raise ValueError(
+                f"images_BYX3 is {list(images_BYX3.shape)}, but this tower reads [B, {cfg.pixels.size_YX[0]}, "
+                f"{cfg.pixels.size_YX[1]}, 3]; resize the images or build the tower with their pixels.size_YX."
+            )
+        tokens_BSC = self.patch(patches(images_BYX3, cfg.patch))
+        if cfg.class_token:
+            class_B1C = jnp.broadcast_to(self.class_token[...], (len(tokens_BSC), 1, cfg.width))
+            tokens_BSC = jnp.concatenate([class_B1C.astype(tokens_BSC.dtype), tokens_BSC], axis=1)
+        tokens_BSC = tokens_BSC + self.position[...]
+        if cfg.pre_norm:
+            tokens_BSC = self.pre_norm(tokens_BSC)
+        tokens_BSC, _ = layers.run(self.blocks, lambda block, x_BSC, _: (block(x_BSC), None), tokens_BSC)
+        if cfg.norms_last:
+            tokens_BSC = self.post_norm(tokens_BSC)
+        return tokens_BSC[:, int(cfg.class_token) :]
+
+
+class Block(nnx.Module):
+    """Pre-norm attention and MLP. The two projections that add to the residual start sqrt(2 layers) smaller."""
+
+    def __init__(self, cfg: VitConfig, *, rngs: nnx.Rngs):
+        C, F = cfg.width, cfg.feed_forward
+        into_residual = initializers.variance_scaling(0.5 / cfg.layers, "fan_in", "normal")
+        self.activation = cfg.activation
+        self.attention_norm = LayerNorm("C", C, eps=cfg.norm_eps)
+        self.attention = Attention(C, cfg.heads, into_residual, rngs=rngs)
+        self.mlp_norm = LayerNorm("C", C, eps=cfg.norm_eps)
+        self.up = dense("CF", C, F, rngs=rngs)
+        self.down = dense("FC", F, C, init=into_residual, rngs=rngs)
+
+    def __call__(self, tokens_BSC: jax.Array) -> jax.Array:
+        tokens_BSC = tokens_BSC + self.attention(self.attention_norm(tokens_BSC))
+        hidden_BSF = ACTIVATIONS[self.activation](self.up(self.mlp_norm(tokens_BSC)))
+        return tokens_BSC + self.down(hidden_BSF)
+
+
+class Attention(nnx.Module):
+    """Multi-head self-attention with biases; every token sees every token."""
+
+    def __init__(self, C: int, heads: int, out_init: initializers.Initializer, *, rngs: nnx.Rngs):
+        self.heads = heads
+        self.query = dense("CE", C, C, rngs=rngs)
+        self.key = dense("CE", C, C, rngs=rngs)
+        self.value = dense("CE", C, C, rngs=rngs)
+        self.out = dense("EC", C, C, init=out_init, rngs=rngs)
+
+    def __call__(self, tokens_BSC: jax.Array) -> jax.Array:
+        B, S, C = tokens_BSC.shape
+        query_BSKA, key_BSKA, value_BSKA = (
+            project(tokens_BSC).reshape(B, S, self.heads, C // self.heads)
+            for project in (self.query, self.key, self.value)
+        )
+        return self.out(attend(query_BSKA, key_BSKA, value_BSKA).reshape(B, S, C))
+
+
+def patches(images_BYX3: jax.Array, patch: int) -> jax.Array:
+    """Patches as rows [B, N, P]: N row-major over the grid, P = (row, column, channel) inside the patch."""
+    B, H, W = len(images_BYX3), images_BYX3.shape[1] // patch, images_BYX3.shape[2] // patch
+    whole_BYX3 = images_BYX3[:, : H * patch, : W * patch]
+    tiles = whole_BYX3.reshape(B, H, patch, W, patch, 3).transpose(0, 1, 3, 2, 4, 5)
+    return tiles.reshape(B, H * W, patch * patch * 3)
+
+
+def names(cfg: VitConfig) -> list[Name]:
+    """Leaf of `cfg.build` <-> tensor of the published CLIP and SigLIP checkpoints."""
+    table = [
+        Name("patch/kernel", "vision_model.embeddings.patch_embedding.weight", "patches"),
+        Name("position", "vision_model.embeddings.position_embedding.weight", "same"),
+    ]
+    if cfg.patch_bias:
+        table.append(Name("patch/bias", "vision_model.embeddings.patch_embedding.bias", "same"))
+    if cfg.class_token:
+        table.append(Name("class_token", "vision_model.embeddings.class_embedding", "same"))
+    norms = {"blocks/attention_norm": _LAYER + "layer_norm1", "blocks/mlp_norm": _LAYER + "layer_norm2"}
+    if cfg.pre_norm:
+        norms["pre_norm"] = "vision_model.pre_layrnorm"  # the published spelling
+    if cfg.norms_last:
+        norms["post_norm"] = "vision_model.post_layernorm"
+    for ours, theirs in norms.items():
+        table += [Name(f"{ours}/scale", f"{theirs}.weight", "same"), Name(f"{ours}/bias", f"{theirs}.bias", "same")]
+    for ours, theirs in _DENSE.items():
+        table.append(Name(f"blocks/{ours}/kernel", f"{_LAYER}{theirs}.weight", "transpose"))
+        table.append(Name(f"blocks/{ours}/bias", f"{_LAYER}{theirs}.bias", "same"))
+    return table
+
+
+def ignore(cfg: VitConfig) -> list[str]:
+    """Regular expressions of published tensors this tower has no use for; each must match a whole name.
+
+    The text half and its head, SigLIP's pooling head, old checkpoints' position ids, and what lies behind
+    `feature_layer`: the blocks after it and the post norm (CLIP's norms only the pooled class token).
+    """
+    patterns = [
+        r"text_model\..*",
+        r"(text_projection|visual_projection)\.weight",
+        r"logit_scale|logit_bias",
+        r"vision_model\.head\..*",
+        r"vision_model\.embeddings\.position_ids",
+    ]
+    patterns += [rf"vision_model\.encoder\.layers\.{layer}\..*" for layer in range(cfg.num_blocks, cfg.layers)]
+    if not cfg.norms_last:
+        patterns.append(r"vision_model\.post_layernorm\..*")
+    return patterns
+
+
+_LAYER = "vision_model.encoder.layers.{L}."
+_DENSE = {
+    "attention/query": "self_attn.q_proj",
+    "attention/key": "self_attn.k_proj",
+    "attention/value": "self_attn.v_proj",
+    "attention/out": "self_attn.out_proj",
+    "up": "mlp.fc1",
+    "down": "mlp.fc2",
+}

@@ -1,0 +1,1 @@
+"""Training: state, optimiser and step are pure; the loop owns clock, files and signals."""

@@ -1,0 +1,212 @@
+"""The training loop: feeds the jitted step, writes what happened, saves, resumes, and stops when told to.
+
+A run's folder: run.json (resolved config), env.json, metrics.jsonl, checkpoints/. Running the same config again goes on
+from the newest checkpoint with the same next batch; on CPU the losses are bit for bit those of an uninterrupted run.
+SIGTERM and Ctrl-C save the current step and end with `Stopped`. One step is in flight while the next batch is fetched.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from flax import nnx
+
+from tcjax.batch import Batch
+from tcjax.config import Run
+from tcjax.record import to_dict, write_json
+from tcjax.sharding import check_batch, make_mesh, place, place_batch
+from tcjax.train import log
+from tcjax.train.checkpoint import Checkpoints
+from tcjax.train.optimiser import make_optimiser, schedule
+from tcjax.train.state import compute_dtype, init, num_parameters, split
+from tcjax.train.step import Metrics, jit_step, make_step
+
+
+class BatchIterator(Protocol):
+    """An endless, resumable iterator of this process's share of every global batch (tcjax.pipeline.make_input)."""
+
+    def __next__(self) -> Batch: ...
+    def get_state(self) -> dict: ...
+    def set_state(self, state: dict) -> None: ...
+
+
+class Stopped(SystemExit):
+    """A signal ended the run after a save; the process exits with 128 + signal number, which launchers restart on."""
+
+
+class NonFiniteLoss(ArithmeticError):
+    """The loss or the gradient became NaN or infinite; nothing after the last good checkpoint was kept."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """model: with the trained parts merged in. seconds: of this process, compilation included. compiles: of the step."""
+
+    model: nnx.Module
+    steps: int
+    seconds: float
+    compiles: int
+
+
+def train(
+    run: Run,
+    model: nnx.Module,
+    batches: BatchIterator,
+    *,
+    root: Path,
+    out: Path,
+    identity: dict,
+    flops_per_sample: float = 0.0,
+    quiet: bool = False,
+) -> Outcome:
+    """Train `run.train.trainable` of `model` for `run.train.steps` steps, from the newest checkpoint in `out` if there is one.
+
+    Args:
+        root: project root, for the commit in env.json.
+        out: the run's folder.
+        identity: facts a checkpoint must agree with (model config, hashes of frozen weights).
+        flops_per_sample: useful floating-point operations of one sample's step, for the logged rate.
+
+    Raises:
+        Stopped: after SIGTERM or SIGINT, the current step saved.
+        NonFiniteLoss: with the step and the last good checkpoint.
+        CheckpointMismatch: `out` holds another run's checkpoints.
+        OSError: a save failed; the previous checkpoint is whole.
+    """
+    config, started = run.train, time.perf_counter()
+    mesh = make_mesh(run.mesh)
+    check_batch(run.data.batch, mesh, config.accumulate)
+    optimiser, dtype = make_optimiser(config), compute_dtype(config.compute)
+    graphdef, trainable, frozen = split(model, config.trainable)
+    frozen = place(frozen, mesh)
+    state = place(init(place(trainable, mesh), optimiser), mesh)
+    step_fn = jit_step(make_step(graphdef, optimiser, accumulate=config.accumulate, dtype=dtype), state, mesh)
+
+    checkpoints = Checkpoints(out / "checkpoints", keep=config.keep)
+    restored = checkpoints.restore(state, identity)
+    first = 0
+    if restored is not None:
+        first, state = restored.step, restored.state
+        batches.set_state(restored.iterator)
+    write_json(out / "run.json", to_dict(run))
+    write_json(out / "env.json", log.environment(root))
+    wandb_log, wandb_finish = log.start_wandb(config.wandb, run.name, to_dict(run), out)
+    metrics_file = log.MetricsFile(out / "metrics.jsonl", first)
+    rate, window = schedule(config), _Window(flops_per_sample)
+
+    def judge(step: int, metrics: Metrics) -> dict[str, Any]:
+        values = {name: float(value) for name, value in metrics._asdict().items()}
+        if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
+            safe = checkpoints.latest()
+            good = "no checkpoint was saved yet" if safe is None else f"the last good checkpoint is step {safe}"
+            raise NonFiniteLoss(
+                f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}; {good} in {out}. "
+                "Lower train.peak_lr, raise train.warmup, or look at the data of this step."
+            )
+        window.tokens += values.pop("count")
+        return values
+
+    try:
+        with log.Reporter(run.name, config.steps, every=config.log_every, quiet=quiet) as reporter, _signals() as told:
+            learns, rests = num_parameters(trainable), num_parameters(frozen)
+            reporter.say(f"{run.name}: {learns:,} parameters learn, {rests:,} are frozen; mesh {dict(mesh.shape)}")
+            if first:
+                reporter.say(f"{run.name}: resumed at step {first} of {config.steps}")
+            pending: tuple[int, Metrics] | None = None
+            for step in range(first + 1, config.steps + 1):
+                with window.waiting():
+                    batch = place_batch(next(batches), mesh)
+                state, metrics = step_fn(state, frozen, batch)
+                if pending is not None:
+                    judge(*pending)
+                pending = (step, metrics)
+                window.images += run.data.batch
+                stop = told()
+                logs = step % config.log_every == 0 or step == config.steps
+                saves = (config.save_every and step % config.save_every == 0) or step == config.steps or stop
+                if logs or saves:
+                    values, pending = judge(*pending), None
+                    if logs:
+                        line = {
+                            "step": step,
+                            **values,
+                            "learning_rate": float(np.asarray(rate(step - 1))),
+                            **window.rates(),
+                        }
+                        metrics_file.write(line)
+                        wandb_log(line)
+                        reporter.show(step, line)
+                if saves:
+                    checkpoints.save(step, state, batches.get_state(), identity)
+                if stop:
+                    checkpoints.wait()
+                    reporter.say(
+                        f"{run.name}: signal {stop}; step {step} of {config.steps} is saved, run again to resume"
+                    )
+                    raise Stopped(128 + stop)
+        checkpoints.wait()
+    finally:
+        metrics_file.close()
+        checkpoints.close()
+        wandb_finish()
+    trained = nnx.merge(graphdef, state.trainable, frozen)
+    return Outcome(
+        model=trained,
+        steps=max(first, config.steps),
+        seconds=time.perf_counter() - started,
+        compiles=step_fn._cache_size(),  # pyright: ignore[reportAttributeAccessIssue]
+    )
+
+
+class _Window:
+    """Counts since the last logged line."""
+
+    def __init__(self, flops_per_sample: float):
+        self.flops_per_sample = flops_per_sample
+        self._restart()
+
+    def _restart(self) -> None:
+        self.started, self.waited, self.images, self.tokens = time.perf_counter(), 0.0, 0, 0.0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        begun = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - begun
+
+    def rates(self) -> dict[str, float]:
+        """images and supervised tokens per second, share of the time spent waiting for the host, useful FLOP/s."""
+        seconds = max(time.perf_counter() - self.started, 1e-9)
+        line = {
+            "images_per_second": self.images / seconds,
+            "supervised_tokens_per_second": self.tokens / seconds,
+            "host_wait_share": self.waited / seconds,
+            "useful_flops_per_second": self.images * self.flops_per_sample / seconds,
+            "seconds": seconds,
+        }
+        self._restart()
+        return line
+
+
+@contextmanager
+def _signals() -> Iterator[Any]:
+    """Inside, SIGTERM and SIGINT only note themselves; the yielded function returns the noted number or 0."""
+    noted: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: 0
+        return
+    before = {number: signal.signal(number, lambda n, _: noted.append(n)) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield lambda: noted[0] if noted else 0
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,51 @@
+"""Frozen means structurally frozen: the model is split into what learns and what does not, before anything is made of it.
+
+Only the trainable side is differentiated, given moments, decayed, donated and saved. The frozen side is an argument.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+COMPUTE = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+class State(NamedTuple):
+    """What a step changes: trainable parameters (float32) and the optimiser's state."""
+
+    trainable: Any
+    optimiser: Any
+
+
+def split(model: nnx.Module, parts: tuple[str, ...]) -> tuple[Any, Any, Any]:
+    """graphdef, trainable, frozen. ValueError if a part is not one of the model's."""
+    names = sorted({str(path[0]) for path, _ in nnx.to_flat_state(nnx.state(model))})
+    unknown = [part for part in parts if part not in names]
+    if unknown or not parts:
+        raise ValueError(f"trainable={parts!r} must name parts of {type(model).__name__}, which are {names}.")
+    graphdef, trainable, frozen = nnx.split(model, lambda path, _: path[0] in parts, ...)
+    return graphdef, trainable, frozen
+
+
+def init(trainable: Any, optimiser: optax.GradientTransformation) -> State:
+    return State(trainable, optimiser.init(trainable))
+
+
+def cast(tree: Any, dtype: Any) -> Any:
+    """Floating leaves in `dtype`, the rest as it is."""
+    return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
+
+
+def compute_dtype(name: str) -> Any:
+    if name not in COMPUTE:
+        raise ValueError(f"compute={name!r} is not one of {sorted(COMPUTE)}.")
+    return COMPUTE[name]
+
+
+def num_parameters(tree: Any) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))

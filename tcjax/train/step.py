@@ -1,0 +1,75 @@
+"""One training step as a pure function: gradient of the trainable side only -> optax -> new state.
+
+    loss = total / count with both summed over the whole global batch, so 1x8, 2x4 and 8x1 (devices or microbatches) agree
+
+Microbatches are strided (rows a, a + A, ...), so that each keeps every device busy with its own rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from tcjax.batch import Batch
+from tcjax.loss import Terms
+from tcjax.sharding import shardings
+from tcjax.train.state import State, cast
+
+
+class Metrics(NamedTuple):
+    """Of one step, before its update. loss: nats per supervised token; accuracy: of teacher-forced argmax; count: tokens."""
+
+    loss: jax.Array
+    accuracy: jax.Array
+    count: jax.Array
+    grad_norm: jax.Array
+
+
+def make_step(
+    graphdef: Any, optimiser: optax.GradientTransformation, *, accumulate: int = 1, dtype: Any = jnp.float32
+) -> Callable[[State, Any, Batch], tuple[State, Metrics]]:
+    """`step(state, frozen, batch) -> (state, metrics)`, to be jitted with argument 0 donated.
+
+    Args:
+        accumulate: microbatches per step, each B / accumulate rows.
+        dtype: of the forward and backward pass; parameters, moments, loss and gradient sums are float32.
+    """
+
+    def total(trainable: Any, frozen: Any, batch: Batch) -> tuple[jax.Array, Terms]:
+        terms = nnx.merge(graphdef, cast(trainable, dtype), cast(frozen, dtype)).loss_terms(cast(batch, dtype))
+        return terms.total, terms
+
+    def step(state: State, frozen: Any, batch: Batch) -> tuple[State, Metrics]:
+        gradient = jax.grad(total, has_aux=True)
+        if accumulate == 1:
+            grads, terms = gradient(state.trainable, frozen, batch)
+        else:
+            grads, terms = _accumulated(gradient, state.trainable, frozen, batch, accumulate)
+        count = jnp.maximum(terms.count, 1)
+        grads = jax.tree.map(lambda g: g / count, grads)
+        updates, moments = optimiser.update(grads, state.optimiser, state.trainable)
+        metrics = Metrics(terms.total / count, terms.correct / count, terms.count, optax.tree.norm(grads))
+        return State(optax.apply_updates(state.trainable, updates), moments), metrics
+
+    return step
+
+
+def jit_step(step: Callable, state: State, mesh: Mesh) -> Any:
+    """The step compiled for these shardings, its state donated. What comes out lies as what went in: one compile."""
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings(state, mesh), NamedSharding(mesh, PartitionSpec())))
+
+
+def _accumulated(gradient: Callable, trainable: Any, frozen: Any, batch: Batch, num: int) -> tuple[Any, Terms]:
+    micro = jax.tree.map(lambda x: x.reshape(x.shape[0] // num, num, *x.shape[1:]).swapaxes(0, 1), batch)
+
+    def add(sums: Any, part: Batch) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, sums, gradient(trainable, frozen, part)), None
+
+    zeros = jax.tree.map(jnp.zeros_like, trainable)
+    return jax.lax.scan(add, (zeros, Terms(*jnp.zeros(3))), micro)[0]

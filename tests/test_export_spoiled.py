@@ -1,0 +1,132 @@
+"""What shapes and names cannot see: spoiled weights, semantics and code are caught by name or by the probes."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tcjax.export.torch import verify
+from tcjax.interop import tensors
+from tests.exported import artifact_copy
+
+
+def problems(folder: Path) -> str:
+    return "\n".join(verify.check(folder, hashes=False)["problems"])
+
+
+def spoil_weights(folder: Path, change) -> None:
+    weights = tensors.load(folder / "compressor.safetensors")
+    change(weights)
+    tensors.save(folder / "compressor.safetensors", weights)
+
+
+def spoil_config(folder: Path, **facts) -> None:
+    path = folder / "compressor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | facts))
+
+
+def transpose(weights):
+    weights["2.weight"] = weights["2.weight"].T
+
+
+def swap_keys_and_values(weights):
+    weights["layers.1.0.to_kv.weight"] = np.roll(weights["layers.1.0.to_kv.weight"], 8, axis=0)
+
+
+def merge_channels_first(weights):
+    wide_DE = weights["modality_projection.proj.weight"]
+    weights["modality_projection.proj.weight"] = wide_DE.reshape(12, 4, 8).swapaxes(1, 2).reshape(12, 32)
+
+
+def drop(weights):
+    del weights["2.bias"]
+
+
+def add(weights):
+    weights["4.weight"] = np.ones(3, np.float32)
+
+
+def misshape(weights):
+    weights["0.weight"] = weights["0.weight"].T
+
+
+def one_nan(weights):
+    weights["layers.0.1.3.weight"] = weights["layers.0.1.3.weight"].copy()
+    weights["layers.0.1.3.weight"][1, 2] = np.nan
+
+
+SPOILED_WEIGHTS = {
+    "transposed square weight": ("mlp", transpose, r"parity: plain: off by"),
+    "swapped keys and values": ("resampler", swap_keys_and_values, r"parity: plain: off by"),
+    "channel-major merge": ("pixel_shuffle", merge_channels_first, r"parity: plain: off by"),
+    "dropped key": ("mlp", drop, r'load: .*Missing key\(s\) in state_dict: "2\.bias"'),
+    "extra key": ("mlp", add, r'load: .*Unexpected key\(s\) in state_dict: "4\.weight"'),
+    "wrong shape": ("mlp", misshape, r"load: .*size mismatch for 0\.weight"),
+    "NaN": ("resampler", one_nan, r"load: layers\.0\.1\.3\.weight is not finite"),
+}
+SPOILED_CONFIG = {
+    "tanh GELU in the mlp": ("mlp", {"activation": "gelu_pytorch_tanh"}, r"parity: plain: off by"),
+    "tanh GELU in the resampler": ("resampler", {"activation": "gelu_pytorch_tanh"}, r"parity: plain: off by"),
+    "eps in the resampler": ("resampler", {"norm_eps": 1e-6}, r"parity: faint: off by"),
+    "eps in the pixel shuffle": ("pixel_shuffle_mlp", {"norm_eps": 1e-6}, r"parity: faint: off by"),
+    "other heads": ("resampler", {"heads": 4, "head_width": 2}, r"parity: plain: off by"),
+    "other bins": ("avg_pool", {"pooled": [2, 3]}, r"parity: plain: off by"),
+    "another number of tokens": ("avg_pool", {"pooled": [2, 2]}, r"output is \[2, 4, 12\], JAX gave \[2, 6, 12\]"),
+    "turned grid": ("pixel_shuffle", {"grid": [6, 4]}, r"parity: plain: off by"),
+    "another merge order": (
+        "pixel_shuffle",
+        {"channel_order": "channel, row, column"},
+        r"load: .*'channel, row, column'",
+    ),
+    "another place of the pool": ("avg_pool", {"order": "mlp, then pool"}, r"load: .*'mlp, then pool'"),
+    "another family": ("avg_pool", {"family": "mlp"}, r"load: .*'avg_pool', the config is of 'mlp'"),
+}
+SPOILED_CODE = {
+    "padding is read": (
+        "resampler",
+        "tokens.masked_fill(~valid[..., None], 0)",
+        "tokens * 1",
+        r"parity: masked: output is not finite",
+    ),
+    "padding is attended to": ("resampler", "torch.cat([valid,", "torch.cat([valid | True,", r"parity: masked: off by"),
+    "an empty bin is valid": ("avg_pool", "some = share > 0", "some = share >= 0", r"parity: masked: other outputs"),
+    "queries in another order": (
+        "resampler",
+        "latents = self.norm_latents(latents)",
+        "latents = self.norm_latents(latents).flip(1)",
+        r"parity: plain: off by",
+    ),
+}
+
+
+@pytest.mark.parametrize("spoiled", SPOILED_WEIGHTS)
+def test_wrong_weights_are_caught(tmp_path, spoiled):
+    case, change, message = SPOILED_WEIGHTS[spoiled]
+    folder = artifact_copy(case, tmp_path)
+    spoil_weights(folder, change)
+    assert re.search(message, problems(folder), re.DOTALL)
+
+
+@pytest.mark.parametrize("spoiled", SPOILED_CONFIG)
+def test_wrong_semantics_are_caught(tmp_path, spoiled):
+    case, facts, message = SPOILED_CONFIG[spoiled]
+    folder = artifact_copy(case, tmp_path)
+    spoil_config(folder, **facts)
+    assert re.search(message, problems(folder), re.DOTALL)
+
+
+@pytest.mark.parametrize("spoiled", SPOILED_CODE)
+def test_wrong_code_is_caught(tmp_path, spoiled):
+    case, right, wrong, message = SPOILED_CODE[spoiled]
+    path = artifact_copy(case, tmp_path) / "modeling_compressor.py"
+    assert path.read_text().count(right) == 1
+    path.write_text(path.read_text().replace(right, wrong))
+    assert re.search(message, problems(path.parent))
+
+
+def test_no_probe_is_no_proof(tmp_path):
+    folder = artifact_copy("mlp", tmp_path)
+    tensors.save(folder / "golden.safetensors", {})
+    assert problems(folder) == "parity: golden.safetensors holds no case"
