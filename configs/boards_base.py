@@ -2,12 +2,12 @@
 
     tcjax train configs/boards_base.py:tower    dense labels: digit, colour, row and column of every patch
     tcjax train configs/boards_base.py:short    tower frozen; projector and LLM on 8 x 8 averaged tokens, to learn the words
-    tcjax train configs/boards_base.py:long     the same two, on all 256 tokens
-    tcjax train configs/boards_base.py:llm      the same again, every question as if it were asked alone
+    tcjax train configs/boards_base.py:llm      the same two on all 256 tokens: what is shipped
 
-`experiments/boards_base/make.sh` runs the four and exports each. Joint training from scratch hardly moves; in stages each
-learns what the next one reads, and the short stage costs a third of the long one per board. Weights carry their
-published names: the tower loads as a SiglipVisionModel, the LLM as a LlamaForCausalLM.
+`experiments/boards_base/make.sh` runs the three and exports each. Joint training from scratch hardly moves; in stages each
+learns what the next one reads, and a board of the short stage costs less than half of one with all tokens. Questions are
+trained as they are evaluated, each as if it were asked alone. Weights carry their published names: the tower loads as a
+SiglipVisionModel, the LLM as a LlamaForCausalLM.
 """
 
 from tcjax.compressors import avg_pool, mlp
@@ -20,7 +20,7 @@ from tcjax.vlm import VlmConfig
 BOARDS = "data/digit_boards"
 GRIDS = "data/digit_grids"
 TOKENIZER = "configs/boards_base/tokenizer.json"
-TEST = EvaluateConfig(source=Source(path=BOARDS, split="test"), boards=500)
+TEST = EvaluateConfig(source=Source(path=BOARDS, split="test"))
 
 
 def tower_config(weights: str = "configs/boards_base/tower.safetensors") -> VitConfig:
@@ -59,11 +59,9 @@ def llm_config(weights: str = "configs/boards_base/llm.safetensors") -> LlmConfi
     )
 
 
-def data(seed: int = 0, independent_turns: bool = False) -> DataConfig:
+def data(seed: int = 0) -> DataConfig:
     """All training boards, 16 at a time."""
-    return DataConfig(
-        sources=(Source(path=BOARDS),), tokenizer=TOKENIZER, batch=16, seed=seed, independent_turns=independent_turns
-    )
+    return DataConfig(sources=(Source(path=BOARDS),), tokenizer=TOKENIZER, batch=16, seed=seed, independent_turns=True)
 
 
 def tower() -> Run:
@@ -83,35 +81,15 @@ def tower() -> Run:
 def short() -> Run:
     """Stage two: projector and LLM behind the frozen tower, on the means of 2 x 2 tokens."""
     model = VlmConfig(tower=tower_config(), compressor=avg_pool.Config(num_queries=64), llm=llm_config(weights=""))
-    return _language("short", model, data(), steps=3_500, peak_lr=1.5e-3)
-
-
-def long() -> Run:
-    """Stage three: the same on all 256 tokens."""
-    return _language(
-        "long", _uncompressed("short"), data(seed=1), steps=1_200, peak_lr=1e-3, weights=_projector("short")
-    )
+    return _language("short", model, data(), steps=4_000, peak_lr=1.5e-3)
 
 
 def llm() -> Run:
-    """Stage four: no question sees another one's answer, as in evaluation. What is shipped."""
-    return _language(
-        "llm",
-        _uncompressed("long"),
-        data(seed=2, independent_turns=True),
-        steps=600,
-        peak_lr=7e-4,
-        weights=_projector("long"),
-    )
-
-
-def _uncompressed(stage: str) -> VlmConfig:
-    llm = llm_config(f"runs/boards_base/{stage}/parts/llm.safetensors")
-    return VlmConfig(tower=tower_config(), compressor=mlp.Config(), llm=llm)
-
-
-def _projector(stage: str) -> dict[str, str]:
-    return {"compressor": f"runs/boards_base/{stage}/parts/projector.safetensors"}
+    """Stage three: the same on all 256 tokens."""
+    parts = "runs/boards_base/short/parts"
+    model = VlmConfig(tower=tower_config(), compressor=mlp.Config(), llm=llm_config(weights=f"{parts}/llm.safetensors"))
+    weights = {"compressor": f"{parts}/projector.safetensors"}
+    return _language("llm", model, data(seed=1), steps=3_000, peak_lr=1e-3, weights=weights)
 
 
 def _language(stage: str, model: VlmConfig, data: DataConfig, **changes) -> Run:

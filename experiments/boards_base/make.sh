@@ -8,10 +8,8 @@ tcjax data prepare data/digit_boards
 tcjax data prepare data/digit_grids
 tcjax train configs/boards_base.py:tower
 tcjax export runs/boards_base/tower --to parts --out configs/boards_base
-for stage in short long; do
-  tcjax train configs/boards_base.py:$stage
-  tcjax export runs/boards_base/$stage --to parts --out runs/boards_base/$stage/parts
-done
+tcjax train configs/boards_base.py:short
+tcjax export runs/boards_base/short --to parts --out runs/boards_base/short/parts
 tcjax train configs/boards_base.py:llm
 tcjax export runs/boards_base/llm --to parts --out configs/boards_base
 tcjax evaluate runs/boards_base/llm --json > experiments/boards_base/scores.json

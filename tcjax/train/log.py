@@ -96,7 +96,7 @@ def start_wandb(mode: str, name: str, config: dict, folder: Path) -> tuple[Calla
     if mode == "off":
         return (lambda line: None), (lambda: None)
     try:
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports] - an extra
     except ImportError as error:
         raise ValueError(f"wandb={mode!r} needs the package: pip install 'tcjax[wandb]', or set wandb=off.") from error
     run = wandb.init(project="tcjax", name=name, config=config, dir=str(folder), mode=mode)  # pyright: ignore
