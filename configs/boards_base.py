@@ -89,7 +89,7 @@ def llm() -> Run:
     parts = "runs/boards_base/short/parts"
     model = VlmConfig(tower=tower_config(), compressor=mlp.Config(), llm=llm_config(weights=f"{parts}/llm.safetensors"))
     weights = {"compressor": f"{parts}/projector.safetensors"}
-    return _language("llm", model, data(seed=1), steps=3_000, peak_lr=1e-3, weights=weights)
+    return _language("llm", model, data(seed=1), steps=1_800, peak_lr=1e-3, weights=weights)
 
 
 def _language(stage: str, model: VlmConfig, data: DataConfig, **changes) -> Run:

@@ -7,6 +7,7 @@ language alone.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import time
@@ -27,6 +28,8 @@ from tcjax.evaluate.generate import make_generate, make_prefill
 from tcjax.evaluate.scores import Answer, exact_match, is_right, mean_accuracy, token_accuracy
 from tcjax.job import tower_features
 from tcjax.pipeline.chat import Chat, load_tokenizer
+from tcjax.pipeline.images import CorruptImage
+from tcjax.pipeline.input import TooManyCorrupt
 from tcjax.pipeline.questions import EvaluationSet, questions
 from tcjax.pipeline.source import open_source
 from tcjax.vlm import Vlm, VlmConfig
@@ -43,7 +46,11 @@ def evaluate_run(
 
     Returns:
         accuracy {task: {mean, low, high, n}}, token_accuracy and chance {task: share}, controls {control: accuracy},
-        mean_accuracy, visual_tokens, ratio, prefill_flops, kv_bytes, prefill_seconds (per image, median).
+        mean_accuracy, visual_tokens, ratio, prefill_flops, kv_bytes, prefill_seconds (per image, median),
+        corrupt_images: names of those that could not be read; their questions are not asked.
+
+    Raises:
+        TooManyCorrupt: more than `run.data.max_corrupt` of the images cannot be read.
     """
     if run.evaluate is None:
         raise ValueError(f"{run.name} has no `evaluate`: its config says nothing to score it on.")
@@ -57,6 +64,8 @@ def evaluate_run(
     asked = questions(open_source(root, scored.source), chat, num_queries=config.num_queries, boards=scored.boards)
     (end,) = chat.end_ids
     images = Images(model, identity, config, scored, run.train.feature_cache, root=root, quiet=quiet)
+    images.check(run.data.max_corrupt)
+    asked = asked.rows(np.isin(asked.index_B, images.readable))
     answer = make_generate(model, end=end)
 
     passes = {"": images.of, **{control: getattr(images, control) for control in scored.controls}}
@@ -82,11 +91,15 @@ def evaluate_run(
         "prefill_flops": bill.prefill_flops,
         "kv_bytes": bill.kv_bytes,
         "prefill_seconds": _prefill_seconds(model, asked, images, scored.batch),
+        "corrupt_images": images.corrupt,
     }
 
 
 class Images:
-    """Where the evaluated images come from: the feature cache or the files; and what the controls show instead."""
+    """Where the evaluated images come from: the feature cache or the files; and what the controls show instead.
+
+    readable: int [n], positions in the source. corrupt: image_ids of the others.
+    """
 
     def __init__(
         self,
@@ -111,6 +124,29 @@ class Images:
             np.asarray(jax.jit(lambda image: model.tower(image))(self._grey_YX3[None]))[0] if cached else None
         )
 
+        found = [self._can_read(index) for index in range(len(self._prepared))]
+        self.readable = np.flatnonzero(found)
+        self.corrupt = [self._prepared[index].image_id for index in np.flatnonzero(np.invert(found)).tolist()]
+
+    def _can_read(self, index: int) -> bool:
+        if self._features is not None:
+            return bool(np.isfinite(self._features[index, 0, 0]))
+        try:
+            self._prepared.image(index, self._pixels)
+        except CorruptImage:
+            return False
+        return True
+
+    def check(self, allowed: float) -> None:
+        """TooManyCorrupt if a larger share than `allowed` cannot be read."""
+        bad, num = len(self.corrupt), len(self._prepared)
+        if bad > allowed * num:
+            raise TooManyCorrupt(
+                f"{bad} of {num} images of {self._prepared.folder} ({self._prepared.split}) are unreadable, more than "
+                f"max_corrupt={allowed} allows: {self.corrupt[:8]}. Repair the images and prepare the dataset again, or "
+                f"raise max_corrupt."
+            )
+
     def pixels(self, index_B: np.ndarray) -> np.ndarray:
         """float32 images_BYX3, normalised."""
         return np.stack([self._prepared.image(int(index), self._pixels) for index in index_B])
@@ -127,17 +163,23 @@ class Images:
         return {"features_BNC": np.broadcast_to(self._grey_NC, (len(index_B), *self._grey_NC.shape))}
 
     def shuffled(self, index_B: np.ndarray) -> dict[str, np.ndarray]:
-        """The image half the set away: never the question's own."""
-        num = len(self._prepared)
-        return self.of((index_B + max(num // 2, 1)) % num)
+        """The image half the set away: never the question's own, unless it is the only one."""
+        num = len(self.readable)
+        position_B = np.searchsorted(self.readable, index_B)
+        return self.of(self.readable[(position_B + max(num // 2, 1)) % num])
 
 
 def looks(model: Vlm, run: Run, *, root: Path, out: Path, boards: int = 4) -> Path:
     """`out`/looks.npz: images uint8 [b, Y, X, 3], assign float32 [b, Q, N], grid (H, W), questions. For pictures."""
     config, scored = run.model, run.evaluate
     assert isinstance(config, VlmConfig) and scored is not None
-    prepared = open_source(root, scored.source)
-    images_BYX3 = np.stack([prepared.image(index, config.tower.pixels) for index in range(boards)])
+    prepared, shown = open_source(root, scored.source), []
+    for index in range(len(prepared)):
+        with contextlib.suppress(CorruptImage):
+            shown.append((prepared[index].image_id, prepared.image(index, config.tower.pixels)))
+        if len(shown) == boards:
+            break
+    images_BYX3 = np.stack([image for _, image in shown])
     see = jax.jit(lambda images: model.compress(Batch(images_BYX3=images), Context(assign=True)).assign_BQN)
     mean, std = np.array(config.tower.pixels.mean), np.array(config.tower.pixels.std)
     path = out / "looks.npz"
@@ -146,7 +188,7 @@ def looks(model: Vlm, run: Run, *, root: Path, out: Path, boards: int = 4) -> Pa
         images=((images_BYX3 * std + mean) * 255).round().clip(0, 255).astype(np.uint8),
         assign=np.asarray(see(images_BYX3), np.float32),
         grid=np.array(config.widths.grid_HW),
-        questions=np.array([prepared[index].image_id for index in range(boards)]),
+        questions=np.array([image_id for image_id, _ in shown]),
     )
     return path
 

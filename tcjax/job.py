@@ -10,6 +10,8 @@ Content (datasets, configs) arrives as paths below the project's root.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +78,7 @@ def train_run(run: Run, *, root: Path, out: Path, quiet: bool = False) -> Outcom
         root=root,
         out=out,
         identity=identify(run, identity),
-        flops_per_sample=_flops_per_sample(run),
+        flops=_flops(run),
         quiet=quiet,
     )
 
@@ -141,7 +143,10 @@ def identify(run: Run, model_identity: dict[str, Any]) -> dict[str, Any]:
     return model_identity | data | train
 
 
-def _flops_per_sample(run: Run) -> float:
-    if not isinstance(run.model, VlmConfig):
-        return 0.0  # only the VLM's cost is known analytically
-    return training_flops(run.model, run.data.text_length, run.train.trainable, cached_features=run.train.feature_cache)
+def _flops(run: Run) -> Callable[[int], float]:
+    """Useful FLOPs of one sample's step by its positions; 0 where the cost is not known analytically."""
+    config = run.model
+    if not isinstance(config, VlmConfig):
+        return lambda positions: 0.0
+    trainable, cached, Q = run.train.trainable, run.train.feature_cache, config.num_queries
+    return lru_cache(lambda positions: training_flops(config, positions - Q, trainable, cached_features=cached))

@@ -12,9 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tcjax import job
+from tcjax.answer import evaluate_run
 from tcjax.cli import main
 from tcjax.interop.tensors import content_hash
 from tcjax.job import load_run, train_run
+from tcjax.pipeline import images
+from tcjax.pipeline.input import TooManyCorrupt
 from tcjax.study import rows
 from tcjax.train.checkpoint import CheckpointMismatch
 from tcjax.train.log import read_metrics
@@ -131,6 +135,31 @@ def test_evaluating_again_gives_the_same_scores(study, capsys):
     again = json.loads(capsys.readouterr().out)
     row = rows.read(study)[0][0]
     assert again["accuracy"] == row["accuracy"] and again["controls"] == row["controls"]
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_questions_about_an_unreadable_image_are_not_asked_and_the_image_is_named(
+    study, project, tmp_path, monkeypatch, cached
+):
+    def spoiled(encoded, pixels, image_id, decode=images.decode):
+        if image_id == "test-00001":
+            raise images.CorruptImage(image_id, "cut short")
+        return decode(encoded, pixels, image_id)
+
+    monkeypatch.setattr(images, "decode", spoiled)
+    monkeypatch.setattr(job, "FEATURES", str(tmp_path / "features"))
+    run = load_run(study / "avg_pool-4-s0")
+    run = run.replace(train=dataclasses.replace(run.train, feature_cache=cached))
+    model, identity, _ = job.trained(run, root=project, out=study / "avg_pool-4-s0")
+    with pytest.raises(TooManyCorrupt, match=r"1 of 4 images.*max_corrupt=0.01 allows: \['test-00001'\]"):
+        evaluate_run(run, model, identity, root=project, out=tmp_path, quiet=True)
+    run = run.replace(data=dataclasses.replace(run.data, max_corrupt=0.25))
+    scores = evaluate_run(run, model, identity, root=project, out=tmp_path, quiet=True)
+    assert scores["corrupt_images"] == ["test-00001"]
+    assert {score["n"] for score in scores["accuracy"].values()} == {3}
+    answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    before = [json.loads(line) for line in (study / "avg_pool-4-s0/answers.jsonl").read_text().splitlines()]
+    assert answers == [line for line in before if line["index"] != 1]
 
 
 def test_the_report_is_one_self_contained_page(study):

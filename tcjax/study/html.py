@@ -38,7 +38,8 @@ def html(
     if language:
         body += [
             "<h2>Controls</h2>",
-            "<p>The same questions with a blank image, or another sample's: what still scores is owed to language.</p>",
+            "<p>The same questions with a blank image, or another sample's: what still scores is owed to language. "
+            "Below chance: without a board the model gives answers that no question of the task has.</p>",
             "<details><summary>Table</summary>",
             _table(language),
             "</details>",

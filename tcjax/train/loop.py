@@ -11,12 +11,13 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import jax
 import numpy as np
 from flax import nnx
 
@@ -65,7 +66,7 @@ def train(
     root: Path,
     out: Path,
     identity: dict,
-    flops_per_sample: float = 0.0,
+    flops: Callable[[int], float] = lambda positions: 0.0,
     quiet: bool = False,
 ) -> Outcome:
     """Train `run.train.trainable` of `model` for `run.train.steps` steps, from the newest checkpoint in `out` if there is one.
@@ -74,7 +75,7 @@ def train(
         root: project root, for the commit in env.json.
         out: the run's folder.
         identity: facts a checkpoint must agree with (model config, hashes of frozen weights).
-        flops_per_sample: useful floating-point operations of one sample's step, for the logged rate.
+        flops: useful floating-point operations of one sample's step by its positions, padding left out, for the logged rate.
 
     Raises:
         Stopped: after SIGTERM or SIGINT, the current step saved.
@@ -101,7 +102,7 @@ def train(
     write_json(out / "env.json", log.environment(root))
     wandb_log, wandb_finish = log.start_wandb(config.wandb, run.name, to_dict(run), out)
     metrics_file = log.MetricsFile(out / "metrics.jsonl", first)
-    rate, window = schedule(config), _Window(flops_per_sample)
+    rate, window = schedule(config), _Window(flops)
 
     def judge(step: int, metrics: Metrics) -> dict[str, Any]:
         values = {name: float(value) for name, value in metrics._asdict().items()}
@@ -124,12 +125,13 @@ def train(
             pending: tuple[int, Metrics] | None = None
             for step in range(first + 1, config.steps + 1):
                 with window.waiting():
-                    batch = place_batch(next(batches), mesh)
+                    read = next(batches)
+                    batch = place_batch(read, mesh)
+                window.read(read)
                 state, metrics = step_fn(state, frozen, batch)
                 if pending is not None:
                     judge(*pending)
                 pending = (step, metrics)
-                window.images += run.data.batch
                 stop = told()
                 logs = step % config.log_every == 0 or step == config.steps
                 saves = (config.save_every and step % config.save_every == 0) or step == config.steps or stop
@@ -170,12 +172,12 @@ def train(
 class _Window:
     """Counts since the last logged line."""
 
-    def __init__(self, flops_per_sample: float):
-        self.flops_per_sample = flops_per_sample
+    def __init__(self, flops: Callable[[int], float]):
+        self._flops = flops
         self._restart()
 
     def _restart(self) -> None:
-        self.started, self.waited, self.images, self.tokens = time.perf_counter(), 0.0, 0, 0.0
+        self.started, self.waited, self.images, self.tokens, self.positions = time.perf_counter(), 0.0, 0, 0.0, 0
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -183,14 +185,20 @@ class _Window:
         yield
         self.waited += time.perf_counter() - begun
 
+    def read(self, batch: Batch) -> None:
+        """Counts this process's share of a global batch: padding is no position."""
+        self.images += len(batch.valid_BS)
+        self.positions += int(np.sum(batch.valid_BS))
+
     def rates(self) -> dict[str, float]:
         """images and supervised tokens per second, share of the time spent waiting for the host, useful FLOP/s."""
-        seconds = max(time.perf_counter() - self.started, 1e-9)
+        seconds, processes = max(time.perf_counter() - self.started, 1e-9), jax.process_count()
+        flops = self._flops(round(self.positions / max(self.images, 1)))
         line = {
-            "images_per_second": self.images / seconds,
+            "images_per_second": processes * self.images / seconds,
             "supervised_tokens_per_second": self.tokens / seconds,
             "host_wait_share": self.waited / seconds,
-            "useful_flops_per_second": self.images * self.flops_per_sample / seconds,
+            "useful_flops_per_second": processes * self.images * flops / seconds,
             "seconds": seconds,
         }
         self._restart()
