@@ -15,10 +15,9 @@ PROJECTOR = "configs/boards_base/projector.safetensors"  # what the LLM was trai
 BATCH = 16
 
 
-def compressed(
-    name: str, compressor: str, num_queries: int, *, steps: int, seed: int = 0, boards: int = 4000, test: int = 300
-) -> Run:
-    """One compressor learns for `steps` batches of 16 of the first `boards` training boards."""
+def compressed(name: str, compressor: str, num_queries: int, *, steps: int, seed: int = 0, test: int = 300) -> Run:
+    """One compressor learns for `steps` batches of 16 boards; a short training reads each board once."""
+    boards = min(steps * BATCH, 20_000)
     return Run(
         name=name,
         label=compressor,
@@ -46,16 +45,16 @@ def compressed(
 
 def reference(name: str = "boards/mlp-256", test: int = 300) -> Run:
     """Nothing compressed: the base's own projector, 256 tokens, 0 steps."""
-    run = compressed(name, "mlp", 256, steps=0, test=test)
+    run = compressed(name, "mlp", 256, steps=1, test=test)
     train = TrainConfig(steps=0, weights={"compressor": PROJECTOR}, feature_cache=True)
     return run.replace(model=VlmConfig(tower=tower_config(), compressor=mlp.Config(), llm=llm_config()), train=train)
 
 
 def run() -> Run:
     """The resampler at 64 tokens: 4x fewer."""
-    return compressed("boards/resampler-64", "resampler", 64, steps=2_000, boards=20_000)
+    return compressed("boards/resampler-64", "resampler", 64, steps=2_000)
 
 
 def pooled() -> Run:
     """Average pooling at 64 tokens."""
-    return compressed("boards/avg_pool-64", "avg_pool", 64, steps=2_000, boards=20_000)
+    return compressed("boards/avg_pool-64", "avg_pool", 64, steps=2_000)

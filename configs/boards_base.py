@@ -20,7 +20,7 @@ from tcjax.vlm import VlmConfig
 BOARDS = "data/digit_boards"
 GRIDS = "data/digit_grids"
 TOKENIZER = "configs/boards_base/tokenizer.json"
-TEST = EvaluateConfig(source=Source(path=BOARDS, split="test"))
+TEST = EvaluateConfig(source=Source(path=BOARDS, split="test"), controls=())  # studies ask the controls
 
 
 def tower_config(weights: str = "configs/boards_base/tower.safetensors") -> VitConfig:

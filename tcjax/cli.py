@@ -40,7 +40,8 @@ class Evaluate:
 class Ablate:
     """Train, score and export every run of a study; finished ones are skipped, interrupted ones go on.
 
-    study: folder with study.py. queries, compressors: comma-separated; seeds: how many. Left out, the study decides.
+    study: folder with study.py. queries, compressors: comma-separated; seeds: how many; steps: of every training. Left
+    out, the study decides.
     out: where rows and runs go (default: runs/<study> in the project).
     """
 
@@ -48,6 +49,7 @@ class Ablate:
     queries: str = ""
     compressors: str = ""
     seeds: int = 0
+    steps: int = 0
     out: Path | None = None
     quiet: bool = False
 
@@ -193,6 +195,7 @@ def _ablate(arguments: list[str]) -> int:
         queries=_numbers(asked.queries, "--queries"),
         compressors=tuple(name.strip() for name in asked.compressors.split(",")) if asked.compressors else None,
         seeds=asked.seeds or None,
+        steps=asked.steps or None,
     )
     print(ablate(asked.study, choice, out=asked.out, quiet=asked.quiet))
     return 0

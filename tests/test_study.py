@@ -149,8 +149,8 @@ def test_questions_about_an_unreadable_image_are_not_asked_and_the_image_is_name
     monkeypatch.setattr(images, "decode", spoiled)
     monkeypatch.setattr(job, "FEATURES", str(tmp_path / "features"))
     run = load_run(study / "avg_pool-4-s0")
-    run = run.replace(train=dataclasses.replace(run.train, feature_cache=cached))
     model, identity, _ = job.trained(run, root=project, out=study / "avg_pool-4-s0")
+    run = run.replace(train=dataclasses.replace(run.train, feature_cache=cached))
     with pytest.raises(TooManyCorrupt, match=r"1 of 4 images.*max_corrupt=0.01 allows: \['test-00001'\]"):
         evaluate_run(run, model, identity, root=project, out=tmp_path, quiet=True)
     run = run.replace(data=dataclasses.replace(run.data, max_corrupt=0.25))
@@ -193,9 +193,9 @@ def test_a_longer_training_of_the_same_run_goes_on_where_it_ended(study, project
 
 def test_flags_widen_the_study(project, study, tmp_path):
     arguments = ["ablate", str(project / "experiments/tiny"), "--queries", "1,4", "--compressors", "avg_pool"]
-    assert main([*arguments, "--seeds", "2", "--out", str(tmp_path / "wide"), "--quiet"]) == 0
-    made = [(row["num_queries"], row["seed"]) for row in rows.read(tmp_path / "wide")[0]]
-    assert made == [(1, 0), (4, 0), (1, 1), (4, 1)]
+    assert main([*arguments, "--seeds", "2", "--steps", "3", "--out", str(tmp_path / "wide"), "--quiet"]) == 0
+    made = [(row["num_queries"], row["seed"], row["steps"]) for row in rows.read(tmp_path / "wide")[0]]
+    assert made == [(1, 0, 3), (4, 0, 3), (1, 1, 3), (4, 1, 3)]
 
 
 def test_an_impossible_q_is_said_before_the_first_run(project, tmp_path, capsys):

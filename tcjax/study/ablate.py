@@ -1,6 +1,6 @@
 """Runs a study: a list of Runs, one after the other; each trained, scored, exported and written down as one row.
 
-A study is a folder with a `study.py` that has `runs(queries, compressors, seeds) -> list[Run]`. A run whose fingerprint
+A study is a folder with a `study.py` that has `runs(queries, compressors, seeds, steps) -> list[Run]`. A run whose fingerprint
 has a row is skipped; one that was interrupted goes on from its newest checkpoint. Rows go to runs/<study>/rows.jsonl, and
 the runs' folders lie beside it. A folder left by another config of the same name is kept under its old fingerprint.
 """
@@ -38,6 +38,7 @@ class Choice:
     queries: tuple[int, ...] | None = None
     compressors: tuple[str, ...] | None = None
     seeds: int | None = None
+    steps: int | None = None
 
 
 def study_runs(folder: Path, choice: Choice) -> tuple[list[Run], Path]:
@@ -45,14 +46,14 @@ def study_runs(folder: Path, choice: Choice) -> tuple[list[Run], Path]:
     path = folder / "study.py"
     if not path.is_file():
         raise ValueError(
-            f"{folder} is not a study: it has no study.py with a function runs(queries, compressors, seeds)."
+            f"{folder} is not a study: it has no study.py with a function runs(queries, compressors, seeds, steps)."
         )
     module, root = content.load(path)
     make = getattr(module, "runs", None)
     asked = {name: value for name, value in vars(choice).items() if value is not None}
     if make is None or not set(asked) <= set(inspect.signature(make).parameters):
         raise ValueError(
-            f"{path} must have runs(queries=..., compressors=..., seeds=...) -> list[Run], each with a default."
+            f"{path} must have runs(queries=..., compressors=..., seeds=..., steps=...) -> list[Run], each with a default."
         )
     runs = make(**asked)
     names = [run.name for run in runs]
