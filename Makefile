@@ -5,6 +5,8 @@ VENV ?= .venv
 PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3.14 python3; do \
   $$python -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$python && break; done)
 BIN := $(VENV)/bin
+# Huge pages for large blocks (glibc 2.35 or newer): XLA's CPU buffers are mapped anew at every step.
+export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help

@@ -12,11 +12,11 @@ from tcjax.config import DataConfig, EvaluateConfig, Run, Source, TrainConfig
 from tcjax.vlm import VlmConfig
 
 PROJECTOR = "configs/boards_base/projector.safetensors"  # what the LLM was trained with
-BATCH = 16
+BATCH = 8  # small batches and large steps: see experiments/num_queries/README.md
 
 
-def compressed(name: str, compressor: str, num_queries: int, *, steps: int, seed: int = 0, test: int = 300) -> Run:
-    """One compressor learns for `steps` batches of 16 boards; a short training reads each board once."""
+def compressed(name: str, compressor: str, num_queries: int, *, steps: int, seed: int = 0, test: int = 200) -> Run:
+    """One compressor learns for `steps` batches of 8 boards; a short training reads each board once."""
     boards = min(steps * BATCH, 20_000)
     return Run(
         name=name,
@@ -31,19 +31,19 @@ def compressed(name: str, compressor: str, num_queries: int, *, steps: int, seed
         ),
         train=TrainConfig(
             steps=steps,
-            peak_lr=2e-3,
+            peak_lr=5e-3,
             warmup=0.05,
             weight_decay=0.01,
             b2=0.98,
             seed=seed,
             feature_cache=True,
-            save_every=100,
+            save_every=200,
         ),
         evaluate=EvaluateConfig(source=Source(path=BOARDS, split="test"), boards=test),
     )
 
 
-def reference(name: str = "boards/mlp-256", test: int = 300) -> Run:
+def reference(name: str = "boards/mlp-256", test: int = 200) -> Run:
     """Nothing compressed: the base's own projector, 256 tokens, 0 steps."""
     run = compressed(name, "mlp", 256, steps=1, test=test)
     train = TrainConfig(steps=0, weights={"compressor": PROJECTOR}, feature_cache=True)
@@ -52,9 +52,9 @@ def reference(name: str = "boards/mlp-256", test: int = 300) -> Run:
 
 def run() -> Run:
     """The resampler at 64 tokens: 4x fewer."""
-    return compressed("boards/resampler-64", "resampler", 64, steps=2_000)
+    return compressed("boards/resampler-64", "resampler", 64, steps=10_000)
 
 
 def pooled() -> Run:
     """Average pooling at 64 tokens."""
-    return compressed("boards/avg_pool-64", "avg_pool", 64, steps=2_000)
+    return compressed("boards/avg_pool-64", "avg_pool", 64, steps=10_000)
