@@ -26,6 +26,7 @@ def compressed(name: str, compressor: str, num_queries: int, *, steps: int, seed
             sources=(Source(path=BOARDS, split=f"train[:{boards}]"),),
             tokenizer=TOKENIZER,
             batch=BATCH,
+            text_length=130,  # the longest conversation of the boards has 129 tokens
             seed=seed,
             independent_turns=True,
         ),

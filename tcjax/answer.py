@@ -71,9 +71,13 @@ def evaluate_run(
     passes = {"": images.of, **{control: getattr(images, control) for control in scored.controls}}
     answers: dict[str, list[Answer]] = {}
     with Progress(disable=quiet, transient=True, console=Console(stderr=True)) as bar:
-        task = bar.add_task(f"{run.name}: answers", total=len(passes) * len(asked.index_B))
+        every = np.arange(len(asked.index_B))
+        once = {name: distinct(asked) if name == "blank" else (every, every) for name in passes}
+        task = bar.add_task(f"{run.name}: answers", total=sum(len(rows) for rows, _ in once.values()))
         for name, look in passes.items():
-            said = _ask(answer, asked, look, scored.batch, lambda done: bar.update(task, advance=done))
+            rows, place_B = once[name]
+            heard = _ask(answer, asked.rows(rows), look, scored.batch, lambda done: bar.update(task, advance=done))
+            said = [heard[place] for place in place_B]
             expected = [[i for i in ids if i >= 0] for ids in asked.answer_BT.tolist()]
             answers[name] = [Answer(*pair) for pair in zip(asked.task_B.tolist(), expected, said, strict=True)]
     _write(out / "answers.jsonl", asked, answers[""], chat, end)
@@ -167,6 +171,19 @@ class Images:
         num = len(self.readable)
         position_B = np.searchsorted(self.readable, index_B)
         return self.of(self.readable[(position_B + max(num // 2, 1)) % num])
+
+
+def distinct(asked: EvaluationSet) -> tuple[np.ndarray, np.ndarray]:
+    """Rows that ask every prompt once, and for every question its place among them.
+
+    Where all see the same image, equal prompts get equal answers. The row with the longest right answer stands for its
+    prompt, so that what is generated is long enough for all.
+    """
+    longest_first = np.argsort(-(asked.answer_BT >= 0).sum(1), kind="stable")
+    _, first, back = np.unique(asked.tokens_BS[longest_first], axis=0, return_index=True, return_inverse=True)
+    place_B = np.empty_like(back)
+    place_B[longest_first] = back
+    return longest_first[first], place_B
 
 
 def looks(model: Vlm, run: Run, *, root: Path, out: Path, boards: int = 4) -> Path:

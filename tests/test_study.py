@@ -13,12 +13,16 @@ import numpy as np
 import pytest
 
 from tcjax import job
-from tcjax.answer import evaluate_run
+from tcjax.answer import distinct, evaluate_run
 from tcjax.cli import main
+from tcjax.config import Source
 from tcjax.interop.tensors import content_hash
 from tcjax.job import load_run, train_run
 from tcjax.pipeline import images
+from tcjax.pipeline.chat import Chat, load_tokenizer
 from tcjax.pipeline.input import TooManyCorrupt
+from tcjax.pipeline.questions import questions
+from tcjax.pipeline.source import open_source
 from tcjax.study import rows
 from tcjax.train.checkpoint import CheckpointMismatch
 from tcjax.train.log import read_metrics
@@ -135,6 +139,17 @@ def test_evaluating_again_gives_the_same_scores(study, capsys):
     again = json.loads(capsys.readouterr().out)
     row = rows.read(study)[0][0]
     assert again["accuracy"] == row["accuracy"] and again["controls"] == row["controls"]
+
+
+def test_equal_prompts_are_asked_once_with_room_for_the_longest_answer(project):
+    chat = Chat(load_tokenizer(project / "tokenizer.json"))
+    asked = questions(open_source(project, Source(path="data/digit_boards")), chat, num_queries=4)
+    rows, place = distinct(asked)
+    assert len(rows) == len(set(asked.question_B)) < len(asked.question_B)
+    np.testing.assert_array_equal(asked.question_B[rows][place], asked.question_B)
+    length = (asked.answer_BT >= 0).sum(1)
+    assert (length[rows][place] >= length).all()
+    assert set(length[rows]) >= {length[asked.task_B == "caption"].max()}
 
 
 @pytest.mark.parametrize("cached", [True, False])

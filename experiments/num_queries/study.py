@@ -17,7 +17,7 @@ def runs(
     queries: tuple[int, ...] = (64, 16, 4),
     compressors: tuple[str, ...] = ("resampler", "avg_pool"),
     seeds: int = 1,
-    steps: int = 300,
+    steps: int = 400,
 ) -> list[Run]:
     """The uncompressed reference, then every compressor at every number of queries, `seeds` times."""
     reference = boards.reference(name="num_queries/mlp-256-s0")
