@@ -102,12 +102,16 @@ def losses(loss):
     return [{"step": 10 * (i + 1), "loss": float(value)} for i, value in enumerate(loss)]
 
 
-def test_converged_means_the_last_fifth_no_longer_fell():
+def test_converged_means_that_twice_the_steps_would_gain_nothing():
     step = np.arange(1, 51) / 50
     assert converged(losses(1 + np.exp(-20 * step))) is True
     assert converged(losses(2 - step)) is False
-    noise = np.random.default_rng(0).normal(0, 0.3, 50)
-    assert converged(losses(1 + noise - 0.05 * (step > 0.8))) is True, "a fall within the noise is none"
+    noise = np.random.default_rng(0).normal(0, 0.1, 50)
+    assert converged(losses(1 + noise)) is True
+    assert converged(losses((1 + noise) * step**-0.5)) is False, "a power law is seen through noise"
+    assert converged(losses(step**-0.06)) is True, "doubling gains 4 %"
+    assert converged(losses(step**-0.08)) is False, "doubling gains 5.4 %"
+    assert converged(losses(np.zeros(50))) is True
     assert converged(losses([1.0] * 49 + [float("nan")])) is False
     assert converged(losses([3.0, 1.0])) is None
     assert converged([]) is None

@@ -1,40 +1,46 @@
-"""Had a run learned what it could? The rule: its loss no longer fell over the last fifth of its steps.
+"""Had a run learned what it could? The rule: twice the steps would hardly have lowered its loss.
 
-    before = mean loss over steps (60 %, 80 %],   last = mean loss over steps (80 %, 100 %]
-    not converged if last < 0.97 before and the fall is more than two standard errors of the difference
+    ln loss = a + b ln step            least squares over the second half of the training
+    gain of twice the steps = 1 - 2^b  not converged if above 5 %, and b is below 0 by more than its standard error
 
-A comparison of Qs is about the budget of training as much as about Q where a run fails this; reports mark it.
+A power law, as learning curves follow (Hestness et al. 2017). Looking only at how flat the last steps are would be
+fooled by every schedule that ends at a learning rate of 0: there all losses are flat. The decay is counted as learning,
+so the rule errs towards "not converged". A comparison of Qs is about the budget of training as much as about Q where a
+run fails it; reports mark it.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-FALL = 0.03
-_STANDARD_ERRORS = 2
+GAIN = 0.05
+_FEWEST = 5  # logged lines in the second half
 
 
 def converged(metrics: Sequence[Mapping[str, Any]]) -> bool | None:
     """The rule on the lines of metrics.jsonl (step, loss).
 
     Returns:
-        None where nothing was trained or too few lines were logged (two in each fifth) to tell; False for a loss that
-        ended in NaN or infinity.
+        None where nothing was trained or too few lines were logged (five in the second half) to tell; False for a loss
+        that ended in NaN or infinity.
     """
-    if not metrics:
+    lines = [(line["step"], float(line["loss"])) for line in metrics if line["step"]]
+    if not lines:
         return None
-    last_step = max(line["step"] for line in metrics)
-    share = [(line["step"] / last_step, float(line["loss"])) for line in metrics if last_step]
-    before = np.array([loss for at, loss in share if 0.6 < at <= 0.8])
-    last = np.array([loss for at, loss in share if at > 0.8])
-    if last.size and not np.isfinite(last).all():
+    step, loss = np.array(lines).T
+    late = step > step.max() / 2
+    if not np.isfinite(loss[late]).all():
         return False
-    if min(before.size, last.size) < 2:
+    if late.sum() < _FEWEST:
         return None
-    fall = before.mean() - last.mean()
-    error = math.sqrt(before.var(ddof=1) / before.size + last.var(ddof=1) / last.size)
-    return not (fall > FALL * before.mean() and fall > _STANDARD_ERRORS * error)
+    if (loss[late] <= 0).any():
+        return True  # nothing is left to learn
+    x, y = np.log(step[late]), np.log(loss[late])
+    x = x - x.mean()
+    slope = (x * y).sum() / (x**2).sum()
+    rest = y - y.mean() - slope * x
+    error = np.sqrt((rest**2).sum() / (len(x) - 2) / (x**2).sum())
+    return not (1 - 2**slope > GAIN and slope < -error)

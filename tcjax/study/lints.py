@@ -50,7 +50,7 @@ def _duplicates(rows: list[Row], _: list[Point]) -> Iterator[str]:
 
 def _convergence(rows: list[Row], _: list[Point]) -> Iterator[str]:
     if late := [row["run"] for row in rows if row.get("converged") is False]:
-        yield f"Not converged, the loss was still falling at the end: {_list(late)}. More steps may change the order."
+        yield f"Not converged, twice the steps would have lowered the loss further: {_list(late)}. That may change the order."
 
 
 def _commits(rows: list[Row], _: list[Point]) -> Iterator[str]:

@@ -42,7 +42,9 @@ def report(study: Path) -> dict[str, Path]:
     metrics = {row["run"]: _metrics(study / row["run"] / "metrics.jsonl") for row in rows}
     if path := curves.training(rows, metrics, study / "plots" / "training.png"):
         written["training"] = path
-        drawn.append(Picture(path, "Training loss; dashed and ⚠: still falling at the end, so not converged."))
+        drawn.append(
+            Picture(path, "Training loss; dashed and ⚠: not converged, twice the steps would have lowered it further.")
+        )
     seen = _looks(study, rows)
     written |= {picture.path.stem: picture.path for picture in seen}
     written["html"] = _write(study / "report.html", html(title, rows, sentences, warnings, drawn, seen))
