@@ -1,6 +1,7 @@
 """Eight fake CPU devices, exact matmuls, quiet threads: set before anything imports JAX, for tests and subprocesses."""
 
 import os
+from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = " ".join(
@@ -16,6 +17,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch, the oracle
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that needs the network is not a test
 os.environ["WANDB_MODE"] = "offline"
 os.environ["MPLBACKEND"] = "Agg"
+# Tests compile the same small programs many times: each is compiled once per worker, subprocesses included.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(
+    Path(__file__).parents[1] / ".pytest_cache" / "xla" / os.environ.get("PYTEST_XDIST_WORKER", "main")
+)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 os.environ["COLUMNS"] = "120"  # tables and --help look the same in every terminal
 
 import jax

@@ -10,9 +10,11 @@ from tcjax.compressors import resampler
 from tcjax.config import DataConfig, Pixels, Run, Source, TrainConfig
 from tcjax.llms.decoder import LlmConfig
 from tcjax.towers.vit import VitConfig
+from tcjax.train.loop import Outcome, train
 from tcjax.vlm import VlmConfig
 
 VOCAB, TEXT, QUERIES = 24, 10, 4
+IDENTITY = {"model": "tiny", "tower.weights": "abc"}
 
 TOWER = VitConfig(
     pixels=Pixels(size_YX=(16, 16)),
@@ -98,3 +100,18 @@ def losses(out: Path) -> list[float]:
     from tcjax.train.log import read_metrics
 
     return [line["loss"] for line in read_metrics(out / "metrics.jsonl")]
+
+
+def go(out: Path, run: Run | None = None, *, batches=None, identity=IDENTITY, model=None) -> Outcome:
+    """Train the tiny VLM in `out`."""
+    run = run or a_run()
+    return train(
+        run,
+        model or a_model(),
+        batches or Batches(run.data.batch),
+        root=Path(__file__).parents[1],
+        out=out,
+        identity=identity,
+        flops=lambda positions: 1e3 * positions,
+        quiet=True,
+    )
