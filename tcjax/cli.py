@@ -191,6 +191,9 @@ def _ablate(arguments: list[str]) -> int:
 
     from tcjax.study.ablate import Choice, ablate
 
+    for flag, value in (("--seeds", asked.seeds), ("--steps", asked.steps)):
+        if value < 0:
+            raise ValueError(f"{flag} {value}: takes a whole number from 1 up; left out, the study decides.")
     choice = Choice(
         queries=_numbers(asked.queries, "--queries"),
         compressors=tuple(name.strip() for name in asked.compressors.split(",")) if asked.compressors else None,
