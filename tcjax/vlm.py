@@ -15,7 +15,7 @@ from flax import nnx
 
 from tcjax import loss
 from tcjax.batch import Batch
-from tcjax.compressors.base import Compressed, Compressor, Config, Context, Widths
+from tcjax.compressors.base import Compressed, Compressor, CompressorConfig, Context, Widths
 from tcjax.llms.decoder import Decoder, LlmConfig
 from tcjax.towers.vit import Vit, VitConfig
 
@@ -37,7 +37,7 @@ class VlmConfig:
     @property
     def num_queries(self) -> int:
         """Q, the visual tokens the LLM sees; ValueError if the compressor cannot give them on this grid."""
-        config: Config = self.compressor  # pyright: ignore[reportAssignmentType]
+        config: CompressorConfig = self.compressor  # pyright: ignore[reportAssignmentType]
         return config.outputs(self.widths)
 
     @property
@@ -54,7 +54,7 @@ class Vlm(nnx.Module):
 
     def __init__(self, config: VlmConfig, *, rngs: nnx.Rngs):
         config.num_queries  # noqa: B018  an impossible Q is said before anything is built
-        compressor: Config = config.compressor  # pyright: ignore[reportAssignmentType]
+        compressor: CompressorConfig = config.compressor  # pyright: ignore[reportAssignmentType]
         self.tower: Vit = config.tower.build(rngs)
         self.compressor: Compressor = compressor.build(config.widths, rngs)
         self.llm: Decoder = config.llm.build(rngs)

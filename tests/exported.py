@@ -13,13 +13,16 @@ from tcjax.compressors.base import Widths
 from tcjax.export.artifact import export
 from tests.planted import plant
 
-WIDTHS = Widths(grid_HW=(4, 6), vision_C=8, llm_D=12)
+WIDTHS = Widths(grid_HW=(4, 6), vision_C=8, llm_D=12, text_D=10, levels=2)
 CASES = {
     "mlp": mlp.Config(),
     "avg_pool": avg_pool.Config(num_queries=6, shape=(3, 2)),  # 4 rows into 3 bins: they overlap
     "pixel_shuffle": pixel_shuffle.Config(num_queries=6),
     "pixel_shuffle_mlp": pixel_shuffle.Config(num_queries=6, head="mlp"),
     "resampler": resampler.Config(num_queries=5, depth=2, heads=2, head_width=4, ff_mult=2),
+    "resampler_video": resampler.Config(
+        num_queries=3, depth=2, heads=2, head_width=4, ff_mult=2, max_queries=5, max_frames=2, max_media=3
+    ),
 }
 PROVENANCE = {"tower": {"name": "tiny", "weights": "0f" * 32}, "training": {"steps": 2180}}
 ROWS = [{"num_queries": 6, "accuracy": 0.51234}, {"num_queries": 24, "accuracy": 0.75, "seed": 1}]

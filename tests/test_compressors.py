@@ -16,7 +16,7 @@ from tcjax.config import MeshConfig
 from tcjax.sharding import make_mesh, place
 from tests.planted import leaves, noise, plant
 
-WIDTHS = Widths(grid_HW=(4, 6), vision_C=12, llm_D=16)
+WIDTHS = Widths(grid_HW=(4, 6), vision_C=12, llm_D=16, text_D=10, levels=2)
 TINY = {"depth": 2, "heads": 2, "head_width": 4, "ff_mult": 2}
 
 CASES = {  # name: (tiny config, Q, vdot(tokens, noise) with planted weights)
@@ -27,10 +27,15 @@ CASES = {  # name: (tiny config, Q, vdot(tokens, noise) with planted weights)
     "pixel_shuffle": (pixel_shuffle.Config(num_queries=6), 6, 1.5206),
     "pixel_shuffle_mlp": (pixel_shuffle.Config(num_queries=6, head="mlp"), 6, 19.27796),
     "resampler": (resampler.Config(num_queries=5, **TINY), 5, 1.06527),
+    "resampler_prefix": (resampler.Config(num_queries=3, max_queries=5, **TINY), 3, -8.71471),
+    "resampler_video": (resampler.Config(num_queries=4, max_frames=3, media=1, max_media=2, **TINY), 4, -5.74115),
 }
+SELECTING: set[str] = set()  # they leave most tokens unread on purpose
+FEWER = {"avg_pool": 4}  # of a family whose cases cannot give 2
 PADDED = np.arange(24) % 6 >= 4  # the two right columns of the 4 x 6 grid ...
 EMPTY_ROW = np.arange(24) < 12  # ... or the upper half, or everything
 VALID_BN = np.stack([~PADDED, ~EMPTY_ROW, np.zeros(24, bool)])
+TEXT_VALID_BT = np.arange(5) < np.array([[5], [3], [0]])  # a full instruction, a shorter one, the null text
 
 
 @pytest.fixture(params=CASES, scope="module")
@@ -39,14 +44,30 @@ def case(request):
     return plant(config.build(WIDTHS, nnx.Rngs(0))), num_queries, checksum, config
 
 
+def told(x_BNC, valid_BN=None, *, assign=False, active_B=None):
+    """Everything a compressor may need beside the tokens; row b always gets the same."""
+    B, N, _ = x_BNC.shape
+    rows = np.arange(B) % 3
+    return Context(
+        valid_BN,
+        assign,
+        text_BTD=jnp.asarray(noise(3, 5, 10, seed=4)[rows], x_BNC.dtype),
+        text_valid_BT=jnp.asarray(TEXT_VALID_BT[rows]),
+        levels_BNE=jnp.asarray(noise(3, N, 24, seed=5)[rows], x_BNC.dtype),
+        prior_BN=jnp.asarray(np.abs(noise(3, N, seed=6))[rows]),
+        active_B=active_B,
+        index_B=jnp.asarray(rows + 7),
+    )
+
+
 @partial(jax.jit, static_argnames=("graphdef", "assign"))
-def _compress(graphdef, state, x_BNC, valid_BN, assign):
-    return nnx.merge(graphdef, state)(x_BNC, Context(valid_BN, assign))
+def _compress(graphdef, state, x_BNC, valid_BN, assign, active_B=None):
+    return nnx.merge(graphdef, state)(x_BNC, told(x_BNC, valid_BN, assign=assign, active_B=active_B))
 
 
-def compress(compressor, x_BNC, valid_BN=None, *, assign=False):
+def compress(compressor, x_BNC, valid_BN=None, *, assign=False, active_B=None):
     """Compiled once per module and kind of input: the whole examination shares these programs."""
-    return _compress(*nnx.split(compressor), x_BNC, valid_BN, assign)
+    return _compress(*nnx.split(compressor), x_BNC, valid_BN, assign, active_B)
 
 
 @partial(jax.jit, static_argnames="graphdef")
@@ -54,7 +75,7 @@ def _gradients(graphdef, state, x_BNC, valid_BN, target_BQD):
     """By the parameters and by the tokens."""
 
     def loss(state, x_BNC):
-        return (nnx.merge(graphdef, state)(x_BNC, Context(valid_BN)).tokens_BQD * target_BQD).sum()
+        return (nnx.merge(graphdef, state)(x_BNC, told(x_BNC, valid_BN)).tokens_BQD * target_BQD).sum()
 
     return jax.grad(loss, argnums=(0, 1))(state, x_BNC)
 
@@ -84,7 +105,7 @@ def test_every_parameter_names_its_axes(case):
 def test_jit_equals_eager(case):
     compressor, *_ = case
     x_BNC = noise(3, 24, 12)
-    eager = compressor(x_BNC, Context(jnp.asarray(VALID_BN), assign=True))
+    eager = compressor(x_BNC, told(x_BNC, jnp.asarray(VALID_BN), assign=True))
     for one, other in zip(eager, compress(compressor, x_BNC, VALID_BN, assign=True), strict=True):
         np.testing.assert_allclose(one, other, atol=2e-6)
 
@@ -109,7 +130,7 @@ def test_invalid_tokens_change_nothing(case, poison):
 
 
 def test_every_parameter_and_every_valid_token_gets_a_gradient(case):
-    compressor, num_queries, *_ = case
+    compressor, num_queries, _, config = case
     x_BNC = np.where(VALID_BN[..., None], noise(3, 24, 12), np.float32(np.nan))
     grads, grad_BNC = _gradients(*nnx.split(compressor), x_BNC, VALID_BN, noise(3, num_queries, 16, seed=1))
     for path, leaf in nnx.to_flat_state(grads):
@@ -118,7 +139,8 @@ def test_every_parameter_and_every_valid_token_gets_a_gradient(case):
         assert np.isfinite(value).all(), path
         assert (np.abs(layers).reshape(len(layers), -1).max(1) > 1e-4).all(), path
     np.testing.assert_array_equal(np.asarray(grad_BNC)[~VALID_BN], 0)
-    assert np.abs(np.asarray(grad_BNC)[VALID_BN]).max(-1).min() > 1e-4
+    if config.family not in SELECTING:
+        assert np.abs(np.asarray(grad_BNC)[VALID_BN]).max(-1).min() > 1e-4
 
 
 def test_all_valid_equals_no_mask(case):
@@ -138,6 +160,38 @@ def test_invalid_outputs_are_exactly_zero(case):
     tokens_BQD, valid_BQ = np.asarray(out.tokens_BQD), np.asarray(out.valid_BQ)
     np.testing.assert_array_equal((tokens_BQD != 0).all(-1), valid_BQ)
     np.testing.assert_array_equal((tokens_BQD == 0).all(-1), ~valid_BQ)
+
+
+def test_fewer_active_outputs_are_the_config_at_fewer(case):
+    """What elastic training masks is what the smaller config leaves out, and no weight changes."""
+    compressor, num_queries, _, config = case
+    if config.elastic == "no":
+        with pytest.raises(ValueError, match="weights for one number of tokens only"):
+            config.at(num_queries)
+        return
+    x_BNC, fewer = noise(3, 24, 12), config.at(FEWER.get(config.family, 2))
+    small = fewer.build(WIDTHS, nnx.Rngs(0))
+    nnx.update(small, nnx.state(compressor))
+    assert small.num_outputs == fewer.outputs(WIDTHS) < num_queries
+    one_BQD = compress(small, x_BNC, VALID_BN, assign=True)
+    if config.elastic == "pooling" and not config.averaged_over():
+        return  # a pooling of fewer bins is no prefix of one of more
+    active_B = jnp.full(3, small.num_outputs)
+    out = compress(compressor, x_BNC, VALID_BN, assign=True, active_B=active_B)
+    np.testing.assert_array_equal(out.valid_BQ[:, small.num_outputs :], False)
+    for found, expected in zip(out, one_BQD, strict=True):
+        np.testing.assert_allclose(found[:, : small.num_outputs], expected, atol=2e-6)
+        np.testing.assert_array_equal(found[:, small.num_outputs :], 0)
+
+
+def test_what_it_needs_is_missed_by_name(case):
+    compressor, _, _, config = case
+    x_BNC, fields = noise(3, 24, 12), {"text": "text_BTD", "levels": "levels_BNE", "prior": "prior_BN"}
+    for need in config.needs:
+        with pytest.raises(ValueError, match=fields[need]):
+            compressor(x_BNC, told(x_BNC)._replace(**{fields[need]: None}))
+    if not config.needs:
+        assert compressor(x_BNC).tokens_BQD.shape[1] == config.outputs(WIDTHS)
 
 
 def test_assignment_rows_are_shares_of_the_valid_tokens(case):
@@ -208,7 +262,7 @@ def test_tokens_of_another_tower_are_refused(case):
         compressor(noise(2, 24, 12), Context(jnp.ones((2, 1), bool)))
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name != "resampler"])
+@pytest.mark.parametrize("name", [name for name in CASES if not CASES[name][0].describe(WIDTHS)["any_num_tokens"]])
 def test_grid_compressors_refuse_another_number_of_tokens(name):
     compressor = CASES[name][0].build(WIDTHS, nnx.Rngs(0))
     with pytest.raises(ValueError, match=r"N=25 tokens.*N=24, a 4x6 grid"):

@@ -13,8 +13,7 @@ Cost: Q N C + Q (C D + D^2) multiplications per image; no parameters beyond the 
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -24,24 +23,27 @@ from flax import nnx
 from tcjax.compressors.base import (
     Compressed,
     Compressor,
+    CompressorConfig,
     Context,
     Widths,
     check_grid,
-    masked,
-    refuse_queries,
-    shares,
+    handed_over,
+    pooled_shape,
     visible,
 )
+from tcjax.interop.lines import linear
+from tcjax.interop.names import Name
 from tcjax.nn.mlp import Mlp
 from tcjax.nn.pool import averaging_matrix
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(CompressorConfig):
     """num_queries: h * w. shape: (h, w) of the pooled grid; None takes the square."""
 
     num_queries: int = 64
     shape: tuple[int, int] | None = None
+    elastic = "pooling"
 
     def outputs(self, widths: Widths) -> int:
         height, width = self.pooled(widths)
@@ -49,27 +51,23 @@ class Config:
 
     def pooled(self, widths: Widths) -> tuple[int, int]:
         """(h, w) on this grid."""
-        H, W = widths.grid_HW
-        if self.shape is None:
-            side = math.isqrt(max(self.num_queries, 0))
-            if side * side != self.num_queries or not 1 <= side <= min(H, W):
-                squares = [side**2 for side in range(1, min(H, W) + 1)]
-                raise refuse_queries(self.num_queries, widths, "a square pooling (shape=(h, w) gives others)", squares)
-            return side, side
-        height, width = self.shape
-        if not (1 <= height <= H and 1 <= width <= W):
-            raise ValueError(f"shape={self.shape} is not a pooling of a {H}x{W} grid; possible: (1, 1) to ({H}, {W}).")
-        if height * width != self.num_queries:
-            possible = [(h, self.num_queries // h) for h in range(1, H + 1) if self.num_queries % h == 0]
-            possible = [(h, w) for h, w in possible if 1 <= w <= W]
-            raise ValueError(
-                f"shape={self.shape} has {height * width} tokens, num_queries={self.num_queries}: say the same number "
-                f"twice; possible shapes for {self.num_queries} on a {H}x{W} grid: {possible}."
-            )
-        return height, width
+        return pooled_shape(self.num_queries, self.shape, widths)
 
     def build(self, widths: Widths, rngs: nnx.Rngs) -> AvgPool:
         return AvgPool(self, widths, rngs=rngs)
+
+    def at(self, num_queries: int) -> Config:
+        return replace(self, num_queries=num_queries, shape=None)
+
+    def out_grid(self, widths: Widths) -> tuple[int, int]:
+        return self.pooled(widths)
+
+    def semantics(self, widths: Widths) -> dict:
+        return {"pooled": list(self.pooled(widths)), "order": "pool, then mlp", "depth": 2, "activation": "gelu"}
+
+    def names(self, widths: Widths) -> list[Name]:
+        """LLaVA's mm_projector."""
+        return [*linear("mlp/linears/0", "0"), *linear("mlp/linears/1", "2")]
 
 
 class AvgPool(Compressor):
@@ -85,13 +83,12 @@ class AvgPool(Compressor):
         # float32: 1/9 in bfloat16 is off by 1/500, and then the nine shares of a bin no longer sum to 1.
         wide_BNC = visible(tokens_BNC, context).astype(jnp.float32)
         mean_BQC = jnp.einsum("QN,BNC->BQC", pool_QN, wide_BNC)
-        valid_BQ = None
+        valid_BQ = assign_BQN = None
         if context.valid_BN is not None:
             valid_BN = context.valid_BN.astype(jnp.float32)
             mass_BQ = jnp.einsum("QN,BN->BQ", pool_QN, valid_BN)
             valid_BQ = mass_BQ > 0
             mean_BQC = mean_BQC / jnp.where(valid_BQ, mass_BQ, 1)[..., None]
-        assign_BQN = None
         if context.assign:
-            assign_BQN = shares(jnp.broadcast_to(pool_QN, (len(tokens_BNC), *pool_QN.shape)), context.valid_BN)
-        return Compressed(masked(self.mlp(mean_BQC.astype(tokens_BNC.dtype)), valid_BQ), valid_BQ, assign_BQN)
+            assign_BQN = jnp.broadcast_to(pool_QN, (len(tokens_BNC), *pool_QN.shape))
+        return handed_over(self.mlp(mean_BQC.astype(tokens_BNC.dtype)), valid_BQ, assign_BQN, context)

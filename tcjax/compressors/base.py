@@ -8,28 +8,39 @@ invalid inputs never influence valid outputs. `tests/test_compressors.py` examin
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from tcjax.interop.names import Name
+
+SCHEMA = 2  # of the descriptions
+
 
 @dataclass(frozen=True, kw_only=True)
 class Widths:
-    """Facts from the neighbours. grid_HW: the tower's token grid; vision_C, llm_D, text_D: widths."""
+    """Facts from the neighbours. grid_HW: the tower's token grid; vision_C, llm_D, text_D: widths.
+
+    frames: images that are compressed together, the frames of a video; their tokens follow one another.
+    levels: how many earlier layers of the tower come along, each of width vision_C.
+    """
 
     grid_HW: tuple[int, int]
     vision_C: int
     llm_D: int
     text_D: int = 0
+    frames: int = 1
+    levels: int = 0
 
     @property
     def num_tokens(self) -> int:
         """N, the tokens the tower hands over."""
-        return self.grid_HW[0] * self.grid_HW[1]
+        return self.frames * self.grid_HW[0] * self.grid_HW[1]
 
 
 class Context(NamedTuple):
@@ -38,10 +49,26 @@ class Context(NamedTuple):
     valid_BN: bool, True for real tokens; None means all.
     assign: True asks for `Compressed.assign_BQN`, who went where (pictures only, costs memory). A Python bool: under
         jit close over it, do not pass it in.
+    text_BTD: the instruction's embeddings (D here is `Widths.text_D`), without positions; never the answer's.
+    text_valid_BT: bool, True for real text; None means all, a row without any is the null text.
+    levels_BNE: the tower's earlier layers side by side, E = levels * C.
+    prior_BN: scores >= 0 of the tokens from elsewhere, such as the tower's attention.
+    active_B: int32, only the first so many of the Q outputs are wanted of this row; the others become invalid.
+    keys_B: one PRNG key per row. Given only in training; what is random is random then and nowhere else.
+    progress: float32 scalar, the share of the training that is over; None means all of it.
+    index_B: int32, the sample's position in its source: what is drawn per image is the same in every epoch.
     """
 
     valid_BN: jax.Array | None = None
     assign: bool = False
+    text_BTD: jax.Array | None = None
+    text_valid_BT: jax.Array | None = None
+    levels_BNE: jax.Array | None = None
+    prior_BN: jax.Array | None = None
+    active_B: jax.Array | None = None
+    keys_B: jax.Array | None = None
+    progress: jax.Array | None = None
+    index_B: jax.Array | None = None
 
 
 class Compressed(NamedTuple):
@@ -56,14 +83,78 @@ class Compressed(NamedTuple):
     assign_BQN: jax.Array | None = None
 
 
-class Config(Protocol):
-    """A compressor's own choices: a frozen dataclass in the compressor's file."""
+Need = Literal["text", "levels", "prior"]
 
-    def build(self, widths: Widths, rngs: nnx.Rngs) -> Compressor: ...
+
+class CompressorConfig:
+    """A compressor's own choices: a frozen dataclass in the compressor's file that inherits this interface.
+
+    needs: fields of the context without which it cannot work ("text": text_BTD, and so on).
+    elastic: whether one training serves fewer tokens too, and how (`at`).
+        "no": its weights belong to one Q.  "pooling": no weight knows Q.
+        "prefix": outputs do not see each other, the first Q' are what they were.
+        "masked prefix": they do, so the others are masked out of the keys.
+    """
+
+    needs: ClassVar[tuple[Need, ...]] = ()
+    elastic: ClassVar[Literal["no", "pooling", "prefix", "masked prefix"]] = "no"
+
+    def build(self, widths: Widths, rngs: nnx.Rngs) -> Compressor:
+        raise NotImplementedError(type(self).__module__)
 
     def outputs(self, widths: Widths) -> int:
         """Q, the tokens handed to the LLM; ValueError naming the possible numbers if the grid cannot give it."""
-        ...
+        raise NotImplementedError(type(self).__module__)
+
+    def at(self, num_queries: int) -> Self:
+        """The config with the same weights at another number of tokens; ValueError if there is none."""
+        raise ValueError(
+            f"{type(self).__module__} has weights for one number of tokens only; train it at {num_queries}, or use an "
+            f"elastic compressor (`tcjax compressors` says which are)."
+        )
+
+    def of_tower(self) -> dict[str, Any]:
+        """Fields of the tower's config that this compressor wants otherwise, such as `levels`."""
+        return {}
+
+    def averaged_over(self) -> tuple[int, ...]:
+        """The numbers of active outputs whose losses every training step averages; () trains all of them at once."""
+        return ()
+
+    @property
+    def family(self) -> str:
+        """Its file's name, which is its PyTorch twin's too."""
+        return type(self).__module__.rpartition(".")[2]
+
+    def out_grid(self, widths: Widths) -> tuple[int, int]:
+        """(h, w) of the outputs where they still lie on a grid, row by row; else a row of Q."""
+        return 1, self.outputs(widths)
+
+    def describe(self, widths: Widths) -> dict[str, Any]:
+        """What compressor_config.json says: all that the PyTorch twin computes from. JSON types only."""
+        facts = {
+            "schema": SCHEMA,
+            "family": self.family,
+            "grid": list(widths.grid_HW),
+            "frames": widths.frames,
+            "token_order": "row by row",
+            "vision_width": widths.vision_C,
+            "llm_width": widths.llm_D,
+            "text_width": widths.text_D if "text" in self.needs else 0,
+            "levels": widths.levels if "levels" in self.needs else 0,
+            "num_queries": self.outputs(widths),
+            "needs": list(self.needs),
+            "any_num_tokens": False,
+        }
+        return facts | self.semantics(widths)
+
+    def semantics(self, widths: Widths) -> dict[str, Any]:
+        """The family's own facts beyond sizes and Q: depth, eps, activation, orders. JSON types only."""
+        raise NotImplementedError(type(self).__module__)
+
+    def names(self, widths: Widths) -> list[Name]:
+        """Leaf of the module <-> tensor of the published checkpoints."""
+        raise NotImplementedError(type(self).__module__)
 
 
 class Compressor(nnx.Module):
@@ -94,6 +185,16 @@ def check_grid(tokens_BNC: jax.Array, widths: Widths) -> None:
         )
 
 
+def one_image(widths: Widths) -> tuple[int, int]:
+    """The grid (H, W); ValueError for a video, which a compressor that reads a grid does not know."""
+    if widths.frames != 1:
+        raise ValueError(
+            f"this compressor reads one image, not {widths.frames} frames; wrap it in per_frame, or use one that reads "
+            f"video (resampler, minicpm_resampler)."
+        )
+    return widths.grid_HW
+
+
 def visible(tokens_BNC: jax.Array, context: Context) -> jax.Array:
     """The tokens with 0 in place of the invalid ones, so that not even a NaN of theirs gets further."""
     valid_BN = context.valid_BN
@@ -105,12 +206,105 @@ def visible(tokens_BNC: jax.Array, context: Context) -> jax.Array:
     return masked(tokens_BNC, valid_BN)
 
 
+def read_text(context: Context, widths: Widths) -> tuple[jax.Array, jax.Array]:
+    """text_BTD with 0 in place of padding, and text_valid_BT; ValueError if there is no text or it does not fit."""
+    text_BTD, valid_BT = context.text_BTD, context.text_valid_BT
+    if text_BTD is None:
+        raise ValueError(
+            "this compressor is conditioned on the question and got no context.text_BTD; the pipeline hands it over "
+            "when Batch.instruction_BT is filled (a text_valid_BT of False is the null text)."
+        )
+    if text_BTD.ndim != 3 or text_BTD.shape[-1] != widths.text_D:
+        raise ValueError(
+            f"context.text_BTD is {list(text_BTD.shape)}, but this compressor was built for [B, T, {widths.text_D}], "
+            f"the embeddings of Widths.text_D; build it with the LLM's own Widths."
+        )
+    if valid_BT is None:
+        return text_BTD, jnp.ones(text_BTD.shape[:2], bool)
+    if valid_BT.shape != text_BTD.shape[:2] or valid_BT.dtype != jnp.bool:
+        raise ValueError(
+            f"context.text_valid_BT is {valid_BT.dtype}{list(valid_BT.shape)}, but this text needs "
+            f"bool{list(text_BTD.shape[:2])}: one flag per position, True for real ones."
+        )
+    return masked(text_BTD, valid_BT), valid_BT
+
+
+def read_levels(tokens_BNC: jax.Array, context: Context, levels: int) -> jax.Array:
+    """levels_BNE with 0 in place of invalid tokens; ValueError if the tower did not hand them over."""
+    wanted = [*tokens_BNC.shape[:2], levels * tokens_BNC.shape[2]]
+    if context.levels_BNE is None or list(context.levels_BNE.shape) != wanted:
+        got = "none" if context.levels_BNE is None else str(list(context.levels_BNE.shape))
+        raise ValueError(
+            f"this compressor reads {levels} earlier layers of the tower, context.levels_BNE {wanted}, and got {got}; "
+            f"VitConfig.levels names the layers the tower hands over."
+        )
+    return masked(context.levels_BNE, context.valid_BN)
+
+
+def any_valid(tokens_BNC: jax.Array, context: Context, num: int) -> jax.Array | None:
+    """valid_BQ of a compressor whose `num` outputs all stand or fall with the image: False where no token is valid."""
+    return limited(_whole(tokens_BNC, context, num), tokens_BNC, context, num)
+
+
+def limited(valid_BQ: jax.Array | None, tokens_BNC: jax.Array, context: Context, num: int) -> jax.Array | None:
+    """valid_BQ with the outputs beyond `context.active_B` switched off."""
+    if context.active_B is None:
+        return valid_BQ
+    active_BQ = jnp.arange(num) < context.active_B[:, None]
+    return active_BQ if valid_BQ is None else valid_BQ & active_BQ
+
+
+def handed_over(
+    tokens_BQD: jax.Array, valid_BQ: jax.Array | None, assign_BQN: jax.Array | None, context: Context
+) -> Compressed:
+    """The result with everything 0 where it is not valid. assign_BQN: any non-negative weights, or None."""
+    if assign_BQN is not None:
+        assign_BQN = masked(shares(assign_BQN, context.valid_BN), valid_BQ)
+    return Compressed(masked(tokens_BQD, valid_BQ), valid_BQ, assign_BQN)
+
+
+def _whole(tokens_BNC: jax.Array, context: Context, num: int) -> jax.Array | None:
+    if context.valid_BN is None:
+        return None
+    return jnp.broadcast_to(context.valid_BN.any(-1, keepdims=True), (len(tokens_BNC), num))
+
+
 def shares(weights_BQN: jax.Array, valid_BN: jax.Array | None) -> jax.Array:
     """Non-negative weights as assign_BQN: only valid tokens count, rows sum to 1; a row without any weight stays 0."""
     weights_BQN = weights_BQN.astype(jnp.float32)
     if valid_BN is not None:
         weights_BQN = jnp.where(valid_BN[:, None], weights_BQN, 0)
     return weights_BQN / jnp.maximum(weights_BQN.sum(-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
+
+
+def pooled_shape(num_queries: int, shape: tuple[int, int] | None, widths: Widths) -> tuple[int, int]:
+    """(h, w) with h * w = num_queries on this grid, the square if `shape` is None; ValueError naming the possible."""
+    H, W = one_image(widths)
+    if shape is None:
+        side = math.isqrt(max(num_queries, 0))
+        if side * side != num_queries or not 1 <= side <= min(H, W):
+            squares = [side**2 for side in range(1, min(H, W) + 1)]
+            raise refuse_queries(num_queries, widths, "a square pooling (shape=(h, w) gives others)", squares)
+        return side, side
+    height, width = shape
+    if not (1 <= height <= H and 1 <= width <= W):
+        raise ValueError(f"shape={shape} is not a pooling of a {H}x{W} grid; possible: (1, 1) to ({H}, {W}).")
+    if height * width != num_queries:
+        possible = [(h, num_queries // h) for h in range(1, H + 1) if num_queries % h == 0]
+        possible = [(h, w) for h, w in possible if 1 <= w <= W]
+        raise ValueError(
+            f"shape={shape} has {height * width} tokens, num_queries={num_queries}: say the same number "
+            f"twice; possible shapes for {num_queries} on a {H}x{W} grid: {possible}."
+        )
+    return height, width
+
+
+def prefix_queries(num_queries: int, max_queries: int | None) -> int:
+    """How many queries have weights when `num_queries` are handed out; ValueError if there are fewer than that."""
+    most = num_queries if max_queries is None else max_queries
+    if not 1 <= num_queries <= most:
+        raise ValueError(f"num_queries={num_queries}: must be any whole number from 1 up to max_queries={most}.")
+    return most
 
 
 def refuse_queries(num_queries: int, widths: Widths, rule: str, possible: Iterable[int]) -> ValueError:

@@ -18,19 +18,21 @@ from flax import nnx
 from tcjax.compressors.base import (
     Compressed,
     Compressor,
+    CompressorConfig,
     Context,
     Widths,
     check_grid,
-    masked,
+    handed_over,
     refuse_queries,
-    shares,
     visible,
 )
+from tcjax.interop.lines import linear
+from tcjax.interop.names import Name
 from tcjax.nn.mlp import Mlp
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(CompressorConfig):
     """num_queries: None is all N tokens; a number is a check, only N is possible. depth: linear layers."""
 
     num_queries: int | None = None
@@ -44,6 +46,16 @@ class Config:
     def build(self, widths: Widths, rngs: nnx.Rngs) -> MlpProjector:
         return MlpProjector(self, widths, rngs=rngs)
 
+    def out_grid(self, widths: Widths) -> tuple[int, int]:
+        return widths.frames * widths.grid_HW[0], widths.grid_HW[1]
+
+    def semantics(self, widths: Widths) -> dict:
+        return {"depth": self.depth, "activation": "gelu"}
+
+    def names(self, widths: Widths) -> list[Name]:
+        """LLaVA's mm_projector: an nn.Sequential whose even members are the linear layers."""
+        return [line for k in range(self.depth) for line in linear(f"mlp/linears/{k}", str(2 * k))]
+
 
 class MlpProjector(Compressor):
     def __init__(self, config: Config, widths: Widths, *, rngs: nnx.Rngs):
@@ -55,9 +67,7 @@ class MlpProjector(Compressor):
 
     def __call__(self, tokens_BNC: jax.Array, context: Context = Context()) -> Compressed:
         check_grid(tokens_BNC, self.widths)
+        B, N, _ = tokens_BNC.shape
         tokens_BQD = self.mlp(visible(tokens_BNC, context))
-        assign_BQN = None
-        if context.assign:
-            B, N, _ = tokens_BNC.shape
-            assign_BQN = shares(jnp.broadcast_to(jnp.eye(N), (B, N, N)), context.valid_BN)
-        return Compressed(masked(tokens_BQD, context.valid_BN), context.valid_BN, assign_BQN)
+        assign_BQN = jnp.broadcast_to(jnp.eye(N), (B, N, N)) if context.assign else None
+        return handed_over(tokens_BQD, context.valid_BN, assign_BQN, context)

@@ -25,24 +25,28 @@ from flax import nnx
 from tcjax.compressors.base import (
     Compressed,
     Compressor,
+    CompressorConfig,
     Context,
     Widths,
     check_grid,
-    masked,
+    handed_over,
+    one_image,
     refuse_queries,
-    shares,
     visible,
 )
+from tcjax.interop.lines import linear, norm
+from tcjax.interop.names import Name
 from tcjax.nn.dense import dense, torch_uniform
 from tcjax.nn.mlp import Mlp
 from tcjax.nn.norm import LayerNorm
 from tcjax.nn.pool import averaging_matrix
 
 Head = Literal["linear", "mlp"]
+_EPS = 1e-5
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(CompressorConfig):
     """num_queries: N / s^2, where s divides both sides of the grid. head: what projects the wide tokens."""
 
     num_queries: int = 64
@@ -53,7 +57,7 @@ class Config:
 
     def factor(self, widths: Widths) -> int:
         """s on this grid."""
-        sides = math.gcd(*widths.grid_HW)
+        sides = math.gcd(*one_image(widths))
         queries = {widths.num_tokens // s**2: s for s in range(1, sides + 1) if sides % s == 0}
         if self.num_queries not in queries:
             raise refuse_queries(self.num_queries, widths, "a whole s x s shuffle", queries)
@@ -61,6 +65,20 @@ class Config:
 
     def build(self, widths: Widths, rngs: nnx.Rngs) -> PixelShuffle:
         return PixelShuffle(self, widths, rngs=rngs)
+
+    def out_grid(self, widths: Widths) -> tuple[int, int]:
+        H, W = widths.grid_HW
+        return H // self.factor(widths), W // self.factor(widths)
+
+    def semantics(self, widths: Widths) -> dict:
+        facts = {"factor": self.factor(widths), "channel_order": "row, column, channel", "head": self.head}
+        return facts | ({"norm_eps": _EPS, "activation": "gelu"} if self.head == "mlp" else {})
+
+    def names(self, widths: Widths) -> list[Name]:
+        """Idefics3's connector or InternVL's mlp1."""
+        if self.head == "linear":
+            return linear("head", "modality_projection.proj", bias=False)
+        return [*norm("norm", "mlp1.0"), *linear("head/linears/0", "mlp1.1"), *linear("head/linears/1", "mlp1.3")]
 
 
 class PixelShuffle(Compressor):
@@ -73,7 +91,7 @@ class PixelShuffle(Compressor):
             self.norm = None
             self.head = dense("ED", E, D, bias=False, init=torch_uniform, rngs=rngs)
         else:
-            self.norm = LayerNorm("E", E, eps=1e-5)
+            self.norm = LayerNorm("E", E, eps=_EPS)
             self.head = Mlp("EFD", (E, D, D), rngs=rngs)
 
     def __call__(self, tokens_BNC: jax.Array, context: Context = Context()) -> Compressed:
@@ -86,8 +104,8 @@ class PixelShuffle(Compressor):
         if context.assign:
             (H, W), s = self.widths.grid_HW, self.factor
             block_QN = np.kron(averaging_matrix(H, H // s), averaging_matrix(W, W // s))
-            assign_BQN = shares(jnp.broadcast_to(block_QN, (len(tokens_BNC), *block_QN.shape)), context.valid_BN)
-        return Compressed(masked(tokens_BQD, valid_BQ), valid_BQ, assign_BQN)
+            assign_BQN = jnp.broadcast_to(block_QN, (len(tokens_BNC), *block_QN.shape))
+        return handed_over(tokens_BQD, valid_BQ, assign_BQN, context)
 
     def _gather(self, tokens_BNC: jax.Array) -> jax.Array:
         """Space to depth: [B, N, C] -> [B, Q, E] with E = s * s * C in the order (dy, dx, c)."""

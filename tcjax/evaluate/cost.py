@@ -24,11 +24,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tcjax.compressors.base import Config, Widths
+from tcjax.compressors.base import CompressorConfig, Context, Widths
 from tcjax.evaluate.flops import matmul_flops
 from tcjax.llms.decoder import LlmConfig
 from tcjax.towers.vit import VitConfig
 from tcjax.vlm import VlmConfig
+
+
+_INSTRUCTION = 32  # text tokens a query-conditioned compressor is counted with
 
 
 class Flops(NamedTuple):
@@ -100,11 +103,17 @@ def tower_flops(tower: VitConfig) -> Flops:
     return Flops(embedding + blocks, 2 * L * 2 * S**2 * C)
 
 
-def compressor_flops(config: Config, widths: Widths) -> int:
+def compressor_flops(config: CompressorConfig, widths: Widths) -> int:
     """One image through the compressor, built abstractly: no weights, whatever the size."""
     graphdef, state = nnx.split(nnx.eval_shape(lambda: config.build(widths, nnx.Rngs(0))))
-    tokens_BNC = jax.ShapeDtypeStruct((1, widths.num_tokens, widths.vision_C), jnp.float32)
-    return matmul_flops(lambda state, tokens_BNC: nnx.merge(graphdef, state)(tokens_BNC).tokens_BQD, state, tokens_BNC)
+    N, T = widths.num_tokens, _INSTRUCTION
+
+    def compress(state, tokens_BNC, text_BTD, levels_BNE, prior_BN):
+        context = Context(text_BTD=text_BTD, levels_BNE=levels_BNE, prior_BN=prior_BN)
+        return nnx.merge(graphdef, state)(tokens_BNC, context).tokens_BQD
+
+    shapes = (1, N, widths.vision_C), (1, T, widths.text_D), (1, N, widths.levels * widths.vision_C), (1, N)
+    return matmul_flops(compress, state, *(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes))
 
 
 def kv_cache_bytes(tokens: int, llm: LlmConfig, bytes_per_value: int = 2) -> int:
@@ -132,7 +141,7 @@ def training_flops(
         cached_features: the tower's tokens come from the feature cache, so the tower costs nothing.
     """
     S = config.num_queries + text_tokens
-    compressor: Config = config.compressor  # pyright: ignore[reportAssignmentType]
+    compressor: CompressorConfig = config.compressor  # pyright: ignore[reportAssignmentType]
     blocks = llm_flops(config.llm, S)
     # The compressor's few attention FLOPs count as weights: it nearly always learns, and then both weigh 3.
     parts = {

@@ -20,10 +20,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax import nnx
 
-from tcjax.compressors.base import Widths
+from tcjax.compressors.base import SCHEMA, Widths
 from tcjax.export.card import card
 from tcjax.export.certificate import certify, golden, summary, to_json, versions
-from tcjax.export.families import FAMILIES, SCHEMA, abstract, describe
+from tcjax.export.families import abstract, describe, twin_source
 from tcjax.interop import names, tensors
 from tcjax.record import file_hash, from_dict, to_dict
 
@@ -74,7 +74,7 @@ def export(
     broken = [path for path, array in arrays.items() if not np.isfinite(array).all()]
     if broken:
         raise ValueError(f"not finite: {broken}; such a compressor answers NaN. Export an earlier checkpoint.")
-    published = names.to_torch(arrays, FAMILIES[facts["family"]].names(facts))
+    published = names.to_torch(arrays, config.names(widths))
     building = out_dir.with_name(f".{out_dir.name}.{os.getpid()}.writing")
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
@@ -127,7 +127,7 @@ def load_artifact(folder: Path, *, config: Any = None, widths: Widths | None = N
     _same(facts, wanted, f"the artifact {folder} and the compressor that is asked for")
     arrays = names.from_torch(
         tensors.load(folder / "compressor.safetensors"),
-        FAMILIES[facts["family"]].names(facts),
+        was_config.names(was_widths),
         names.shapes(abstract(was_config, was_widths)),
     )
     return Artifact(facts["family"], was_config, was_widths, arrays, manifest)
@@ -146,7 +146,7 @@ def _write(building: Path, published: names.Arrays, facts: dict, answers: names.
     weights = building / "compressor.safetensors"
     twins = resources.files("tcjax.export.torch")
     (building / "compressor_config.json").write_text(to_json(facts))
-    (building / "modeling_compressor.py").write_text((twins / f"{facts['family']}.py").read_text())
+    (building / "modeling_compressor.py").write_text(twin_source(facts))
     (building / "verify.py").write_text((twins / "verify.py").read_text())
     tensors.save(weights, published)
     tensors.save(building / "golden.safetensors", answers)

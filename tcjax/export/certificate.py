@@ -23,10 +23,18 @@ from tcjax.compressors.base import Compressed, Context
 from tcjax.interop import names, tensors
 
 _SEED = 0
+_TEXT = 5  # positions of a probe's instruction
+_FIELDS = {  # argument of the twin: field of the context
+    "valid": "valid_BN",
+    "text": "text_BTD",
+    "text_valid": "text_valid_BT",
+    "levels": "levels_BNE",
+    "prior": "prior_BN",
+}
 
 
 def golden(compressor: Any, arrays: names.Arrays, facts: dict) -> names.Arrays:
-    """{case}.tokens, {case}.valid, {case}.out, {case}.out_valid: inputs, and JAX's answers in float32 on a CPU.
+    """{case}.tokens, {case}.valid and so on, {case}.out, {case}.out_valid: inputs, and JAX's answers in float32 on a CPU.
 
     Args:
         compressor: the abstract module (families.abstract); it is filled with `arrays`.
@@ -37,38 +45,51 @@ def golden(compressor: Any, arrays: names.Arrays, facts: dict) -> names.Arrays:
         graphdef, state = nnx.split(compressor)
 
         @jax.jit
-        def answer(state: nnx.State, tokens_BNC: jax.Array, valid_BN: jax.Array | None) -> Compressed:
-            return nnx.merge(graphdef, state)(tokens_BNC, Context(valid_BN))
+        def answer(state: nnx.State, inputs: dict[str, jax.Array]) -> Compressed:
+            told: dict[str, Any] = {field: inputs[name] for name, field in _FIELDS.items() if name in inputs}
+            return nnx.merge(graphdef, state)(inputs["tokens"], Context(**told))
 
         found: names.Arrays = {}
-        for case, (tokens_BNC, valid_BN) in probes(facts).items():
-            compressed = answer(state, tokens_BNC, valid_BN)
-            found |= {f"{case}.tokens": tokens_BNC, f"{case}.out": np.asarray(compressed.tokens_BQD)}
-            if valid_BN is not None:
-                found |= {f"{case}.valid": valid_BN, f"{case}.out_valid": np.asarray(compressed.valid_BQ)}
+        for case, inputs in probes(facts).items():
+            compressed = answer(state, inputs)
+            found |= {f"{case}.{name}": array for name, array in inputs.items()}
+            found[f"{case}.out"] = np.asarray(compressed.tokens_BQD)
+            if compressed.valid_BQ is not None:
+                found[f"{case}.out_valid"] = np.asarray(compressed.valid_BQ)
         return found
 
 
-def probes(facts: dict) -> dict[str, tuple[np.ndarray, np.ndarray | None]]:
-    """Inputs by case: tokens_BNC and a mask or None. A pure function of the description."""
+def probes(facts: dict) -> dict[str, dict[str, np.ndarray]]:
+    """Inputs by case, under the names of the twin's arguments. A pure function of the description."""
     random = np.random.RandomState(_SEED)
-    N, C = facts["grid"][0] * facts["grid"][1], facts["vision_width"]
+    N, C = facts["frames"] * facts["grid"][0] * facts["grid"][1], facts["vision_width"]
 
-    def noise(B: int, N: int) -> np.ndarray:
-        return random.standard_normal((B, N, C)).astype(np.float32)
+    def noise(*shape: int) -> np.ndarray:
+        return random.standard_normal(shape).astype(np.float32)
 
     valid_BN = np.stack([np.ones(N, bool), np.arange(N) < (5 * N + 7) // 8, np.zeros(N, bool)])
     valid_BN[1] &= random.random_sample(N) < 0.8
     valid_BN[1, 0] = True  # at least one, whatever N is
-    masked_BNC = noise(3, N) * np.where(valid_BN, 1, np.nan).astype(np.float32)[..., None]
-    cases: dict[str, tuple[np.ndarray, np.ndarray | None]] = {
-        "plain": (2 * noise(2, N) + 1, None),
-        "masked": (masked_BNC, valid_BN),
-        "faint": (0.01 * noise(1, N), None),
+    hidden_BNC = np.where(valid_BN, 1, np.nan).astype(np.float32)[..., None]
+    cases: dict[str, dict[str, np.ndarray]] = {
+        "plain": {"tokens": 2 * noise(2, N, C) + 1},
+        "masked": {"tokens": noise(3, N, C) * hidden_BNC, "valid": valid_BN},
+        "faint": {"tokens": 0.01 * noise(1, N, C)},
     }
     if facts["any_num_tokens"]:
-        odd = max(1, N - 1 - N % 2)
-        cases["odd"] = (noise(2, odd), None)
+        cases["odd"] = {"tokens": noise(2, max(1, N - 1 - N % 2), C)}
+    for inputs in cases.values():
+        B, N, _ = inputs["tokens"].shape
+        hidden = hidden_BNC if "valid" in inputs else np.float32(1)
+        if "text" in facts["needs"]:
+            # Full, partly padded, and (in "masked") the null text.
+            text_valid_BT = np.arange(_TEXT) < np.array([_TEXT, _TEXT - 2, 0])[:B, None]
+            unread_BTD = np.where(text_valid_BT, 1, np.nan).astype(np.float32)[..., None]
+            inputs |= {"text": noise(B, _TEXT, facts["text_width"]) * unread_BTD, "text_valid": text_valid_BT}
+        if "levels" in facts["needs"]:
+            inputs["levels"] = (noise(B, N, facts["levels"] * C) * hidden).astype(np.float32)
+        if "prior" in facts["needs"]:
+            inputs["prior"] = np.abs(noise(B, N))
     return cases
 
 

@@ -3,8 +3,9 @@
     Name("blocks/attention/query/kernel", "model.layers.{L}.self_attn.q_proj.weight", "transpose")
 
 A leaf is its "/"-joined path in the module's state. "{L}" stands for the layer index and says that the leaf carries a
-leading L axis; the op then holds for every layer. Ops are a closed set, each with its exact inverse: nothing is guessed
-from a rank, nothing is reshaped silently, and a name that does not fit is an error that lists all that do not fit.
+leading L axis; the op then holds for every layer. "{2L+1}" is the same for published layers 1, 3, 5 and so on. Ops are a
+closed set, each with its exact inverse: nothing is guessed from a rank, nothing is reshaped silently, and a name that
+does not fit is an error that lists all that do not fit.
 A transposed square matrix has the right shape; only a forward pass can find it (tcjax.export does).
 """
 
@@ -14,6 +15,7 @@ import math
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -39,7 +41,14 @@ class Name:
 
     @property
     def is_stacked(self) -> bool:
-        return "{L}" in self.torch
+        return _LAYER.search(self.torch) is not None
+
+    def at(self, layer: int) -> str:
+        """The published name of one layer's tensor: "{2L+1}" at layer 3 is 7."""
+        return _LAYER.sub(lambda found: str(int(found[1] or 1) * layer + int(found[2] or 0)), self.torch)
+
+
+_LAYER = re.compile(r"\{(\d*)L(?:\+(\d+))?\}")
 
 
 class Op(NamedTuple):
@@ -66,6 +75,12 @@ OPS = {
     "transpose": Op(np.transpose, np.transpose),  # kernel [in, out] <-> weight [out, in]
     # kernel [y * x * 3, out], rows in the order (y, x, colour) <-> convolution [out, 3, y, x] over square RGB patches
     "patches": Op(_pixels_to_conv, _conv_to_pixels),
+    # kernel [y, x, in, out] <-> convolution [out, in, y, x]; a depthwise one has in = 1 on both sides
+    "conv": Op(partial(np.transpose, axes=(3, 2, 0, 1)), partial(np.transpose, axes=(2, 3, 1, 0))),
+    # kernel [in, out] <-> 1 x 1 convolution [out, in, 1, 1]
+    "conv1x1": Op(lambda kernel: kernel.T[:, :, None, None], lambda weight: weight[:, :, 0, 0].T),
+    "unsqueeze": Op(lambda leaf: leaf[None], lambda tensor: tensor[0]),  # [...] <-> [1, ...]
+    "middle": Op(lambda leaf: leaf[:, None], lambda tensor: tensor[:, 0]),  # [n, ...] <-> [n, 1, ...]
 }
 
 
@@ -111,8 +126,8 @@ def from_torch(
     for name in names:
         to_jax = OPS[name.op].to_jax
         if name.is_stacked:
-            layers = (name.torch.replace("{L}", str(layer)) for layer in range(shapes[name.jax][0]))
-            arrays[name.jax] = np.stack([to_jax(tensors[key]) for key in layers])
+            layers = range(shapes[name.jax][0])
+            arrays[name.jax] = np.stack([to_jax(tensors[name.at(layer)]) for layer in layers])
         else:
             arrays[name.jax] = np.array(to_jax(tensors[name.torch]), order="C")
     return arrays
@@ -180,7 +195,7 @@ def _parts(name: Name, leaf: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
         yield name.torch, leaf
         return
     for layer, part in enumerate(leaf):
-        yield name.torch.replace("{L}", str(layer)), part
+        yield name.at(layer), part
 
 
 def _refuse(error: ValueError | None) -> None:

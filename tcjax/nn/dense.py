@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.nn import initializers
 
@@ -32,15 +33,21 @@ def dense(
         kernel_init=init,
         kernel_metadata={"axes": axes},
         bias_metadata={"axes": axes[-1]},
-        dot_general=_rows,
+        dot_general=_dot_general,
         rngs=rngs,
     )
 
 
-def _rows(x: jax.Array, kernel: jax.Array, _: Any, **options: Any) -> jax.Array:
+def rows(x: jax.Array, kernel: jax.Array, **options: Any) -> jax.Array:
     """x @ kernel with all leading axes of x as one: its gradient is then one plain matrix product.
 
     XLA's CPU backend has no fast path for a contraction over two axes: the whole backward pass takes twice as long.
     """
-    flat = jax.lax.dot_general(x.reshape(-1, x.shape[-1]), kernel, (((1,), (0,)), ((), ())), **options)
-    return flat.reshape(*x.shape[:-1], -1)
+    dtype = jnp.result_type(x, kernel)
+    flat = x.reshape(-1, x.shape[-1]).astype(dtype)
+    product = jax.lax.dot_general(flat, kernel.astype(dtype), (((1,), (0,)), ((), ())), **options)
+    return product.reshape(*x.shape[:-1], -1)
+
+
+def _dot_general(x: jax.Array, kernel: jax.Array, _: Any, **options: Any) -> jax.Array:
+    return rows(x, kernel, **options)

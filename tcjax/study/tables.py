@@ -88,7 +88,7 @@ def _line(name: str, make: Callable[[int], Any], widths: Widths) -> dict[str, An
         "parameters": sum(leaf.size for leaf in leaves),
         "flops": 0 if config is None else compressor_flops(config, widths),
         "flops_at": usual,
-        "exports": ["artifact"] if config is not None and has_twin(config) else [],
+        "exports": ["artifact"] if has_twin(config) else [],
         "source": "" if module is None else _source(module),
     }
 

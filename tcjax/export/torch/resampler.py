@@ -1,5 +1,6 @@
 """Perceiver resampler: learned latents read the image through layers of cross-attention. Keys are OpenFlamingo's.
 
+    x <- x + frame_embs[f] + media_time_embs[t]             if the checkpoint has them
     z <- z + W_o softmax(q k^T / sqrt(head_width)) v        q = LN(z) W_q,  [k | v] = [LN(x) ; LN(z)] W_kv
     z <- z + W_2 gelu(W_1 LN(z))                            depth times; then y = out_proj(LN(z))
 
@@ -30,23 +31,45 @@ class Compressor(nn.Module):
                 f"this file attends to (image, latents) and packs (keys, values); the config says {orders}"
             )
         width, eps = config["vision_width"], config["norm_eps"]
-        self.latents = nn.Parameter(torch.randn(config["num_queries"], width))
+        self.latents = nn.Parameter(torch.randn(config["max_queries"], width))
+        if config["max_frames"]:
+            self.frame_embs = nn.Parameter(torch.randn(config["max_frames"], width))
+        if config["max_media"]:
+            self.media_time_embs = nn.Parameter(torch.randn(config["max_media"], 1, width))
         self.layers = nn.ModuleList(Layer(config) for _ in range(config["depth"]))
         self.norm = nn.LayerNorm(width, eps=eps)
         self.out_proj = nn.Linear(width, config["llm_width"])
         self.config = config
 
     def forward(self, tokens: torch.Tensor, valid: torch.Tensor | None = None):
-        latents = self.latents.expand(tokens.shape[0], -1, -1)
-        mask = some = None
+        batch, media = tokens.shape[0], self.config["media"]
         if valid is not None:
             tokens = tokens.masked_fill(~valid[..., None], 0)
+        tokens = self.embed(tokens).reshape(batch * media, -1, tokens.shape[-1])  # a medium is a row of its own
+        latents = self.latents[: self.config["num_queries"]].expand(tokens.shape[0], -1, -1)
+        mask = some = None
+        if valid is not None:
+            valid = valid.reshape(batch * media, -1)
             some = valid.any(-1, keepdim=True).expand(-1, latents.shape[1])
             mask = torch.cat([valid, torch.ones_like(some)], dim=1)[:, None, None]
         for layer in self.layers:
             latents = layer(tokens, latents, mask)
-        out = self.out_proj(self.norm(latents))
-        return out if some is None else (out.masked_fill(~some[..., None], 0), some)
+        out = self.out_proj(self.norm(latents)).reshape(batch, -1, self.config["llm_width"])
+        if some is None:
+            return out
+        some = some.reshape(batch, -1)
+        return out.masked_fill(~some[..., None], 0), some
+
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        media = self.config["media"]
+        frames = self.config["frames"] // media
+        if self.config["max_frames"]:
+            apart = tokens.unflatten(1, (media, frames, -1))
+            tokens = (apart + self.frame_embs[:frames, None]).flatten(1, 3)
+        if self.config["max_media"]:
+            apart = tokens.unflatten(1, (media, -1))
+            tokens = (apart + self.media_time_embs[:media]).flatten(1, 2)
+        return tokens
 
 
 class Layer(nn.ModuleList):

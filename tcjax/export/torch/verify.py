@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+INPUTS = ("valid", "text", "text_valid", "levels", "prior")  # what a compressor may take beside the tokens
 TOLERANCE = 1e-5  # float32 on both sides measures 1e-7 ... 2e-6
 
 
@@ -78,13 +79,14 @@ def compare(compressor: torch.nn.Module, golden: dict[str, torch.Tensor], case: 
     """One golden case: how far are we from the shipped outputs?"""
     tokens, expected = golden[f"{case}.tokens"], golden[f"{case}.out"]
     row = {"case": case, "tokens": list(tokens.shape), "out": list(expected.shape), "problem": ""}
-    valid, expected_valid = golden.get(f"{case}.valid"), golden.get(f"{case}.out_valid")
+    inputs = {name: golden[f"{case}.{name}"] for name in INPUTS if f"{case}.{name}" in golden}
+    expected_valid = golden.get(f"{case}.out_valid")
     try:
         with torch.inference_mode():
-            out = compressor(tokens) if valid is None else compressor(tokens, valid)
-    except (RuntimeError, ValueError) as error:
+            out = compressor(tokens, **inputs)
+    except (RuntimeError, ValueError, TypeError) as error:
         return row | {"problem": str(error)}
-    if valid is not None:
+    if "valid" in inputs:
         out, out_valid = out
         if expected_valid is None or not torch.equal(out_valid, expected_valid):
             return row | {"problem": "other outputs are valid than in JAX"}

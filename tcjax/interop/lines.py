@@ -1,0 +1,38 @@
+"""Lines of a names table for the layers that nearly every checkpoint is made of: `[*norm("ln", "ln_q"), *linear(...)]`."""
+
+from __future__ import annotations
+
+from tcjax.interop.names import Name
+
+
+def linear(ours: str, theirs: str, *, bias: bool = True) -> list[Name]:
+    """nnx.Linear <-> nn.Linear."""
+    return [Name(f"{ours}/kernel", f"{theirs}.weight", "transpose"), *_bias(ours, theirs, bias)]
+
+
+def conv(ours: str, theirs: str, *, bias: bool = True) -> list[Name]:
+    """tcjax.nn.conv.Conv <-> nn.Conv2d, depthwise ones too."""
+    return [Name(f"{ours}/kernel", f"{theirs}.weight", "conv"), *_bias(ours, theirs, bias)]
+
+
+def conv1x1(ours: str, theirs: str, *, bias: bool = True) -> list[Name]:
+    """nnx.Linear <-> nn.Conv2d with a 1 x 1 kernel."""
+    return [Name(f"{ours}/kernel", f"{theirs}.weight", "conv1x1"), *_bias(ours, theirs, bias)]
+
+
+def norm(ours: str, theirs: str, *, bias: bool = True) -> list[Name]:
+    """LayerNorm, or RMSNorm without bias."""
+    return [Name(f"{ours}/scale", f"{theirs}.weight", "same"), *_bias(ours, theirs, bias)]
+
+
+def attention(ours: str, theirs: str) -> list[Name]:
+    """tcjax.nn.mha.MultiheadAttention <-> nn.MultiheadAttention."""
+    return [
+        Name(f"{ours}/in_proj/kernel", f"{theirs}.in_proj_weight", "transpose"),
+        Name(f"{ours}/in_proj/bias", f"{theirs}.in_proj_bias", "same"),
+        *linear(f"{ours}/out_proj", f"{theirs}.out_proj"),
+    ]
+
+
+def _bias(ours: str, theirs: str, has: bool) -> list[Name]:
+    return [Name(f"{ours}/bias", f"{theirs}.bias", "same")] if has else []

@@ -1,0 +1,54 @@
+"""Fixed position tables of the visual resamplers, and torch's bicubic way to resize a table.
+
+    table(r, c) = [sin(c w), cos(c w), sin(r w), cos(r w)]        w_k = 10000^(-k / (E / 4)), k = 0 ... E / 4 - 1
+
+The first half encodes the column (He et al. 2022, "Masked Autoencoders", get_2d_sincos_pos_embed, whose variable "h"
+is the column). Positions are integer patch indices from 0. All of it is numpy: tables are constants of a program.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+_A = -0.75  # torch's bicubic; jax.image.resize uses -0.5
+
+
+def sincos_2d(grid_HW: tuple[int, int], width: int) -> np.ndarray:
+    """float32 [H * W, width], row by row. ValueError unless 4 divides the width."""
+    if width % 4:
+        raise ValueError(f"a 2-D sin-cos table needs a width that 4 divides, not {width}.")
+    H, W = grid_HW
+    row_N, column_N = np.arange(H).repeat(W), np.tile(np.arange(W), H)
+    return np.concatenate([sincos_1d(column_N, width // 2), sincos_1d(row_N, width // 2)], axis=1)
+
+
+def sincos_1d(position_N: np.ndarray, width: int) -> np.ndarray:
+    """float32 [N, width]: sines in the first half, cosines in the second."""
+    rate = 1.0 / 10000 ** (np.arange(width // 2, dtype=np.float32) / (width / 2.0))
+    angle_NA = position_N.astype(np.float32)[:, None] * rate.astype(np.float32)[None]
+    return np.concatenate([np.sin(angle_NA), np.cos(angle_NA)], axis=1).astype(np.float32)
+
+
+def bicubic_matrix(num_in: int, num_out: int) -> np.ndarray:
+    """float32 [num_out, num_in]: torch's interpolate(mode="bicubic", align_corners=False), without antialiasing."""
+    matrix = np.zeros((num_out, num_in), np.float64)
+    for i in range(num_out):
+        source = (i + 0.5) * num_in / num_out - 0.5
+        first = int(np.floor(source))
+        for tap in range(first - 1, first + 3):
+            matrix[i, min(max(tap, 0), num_in - 1)] += _cubic(abs(source - tap))
+    return matrix.astype(np.float32)
+
+
+def resize_matrix(grid_HW: tuple[int, int], to_HW: tuple[int, int]) -> np.ndarray:
+    """float32 [h * w, H * W]: bicubic resizing of a table over a grid, rows and columns at once."""
+    return np.kron(bicubic_matrix(grid_HW[0], to_HW[0]), bicubic_matrix(grid_HW[1], to_HW[1]))
+
+
+def _cubic(distance: float) -> float:
+    """Keys' kernel."""
+    if distance <= 1:
+        return ((_A + 2) * distance - (_A + 3)) * distance**2 + 1
+    if distance < 2:
+        return ((distance - 5) * distance + 8) * distance * _A - 4 * _A
+    return 0.0
