@@ -30,7 +30,6 @@ from tcjax.llms.decoder import LlmConfig
 from tcjax.towers.vit import VitConfig
 from tcjax.vlm import VlmConfig
 
-
 _INSTRUCTION = 32  # text tokens a query-conditioned compressor is counted with
 
 
