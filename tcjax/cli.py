@@ -65,13 +65,18 @@ class Report:
 class Export:
     """Take the trained weights away.
 
-    to: "artifact" is a folder that needs only torch and safetensors, with its parity certificate;
-    "parts" is every trained part as safetensors (tower and LLM under their published names).
+    to: "artifact" is a folder that needs only torch and safetensors, with its parity certificate; "parts" is every
+    trained part as safetensors (tower and LLM under their published names); hf, hf-remote, llava, onnx, torch-export,
+    jax-export are other people's formats.
+    targets: say which of them hold this run's compressor, and why the others do not; nothing is written.
+    json: print that list as JSON.
     """
 
     run: Positional[Path]
-    out: Path
+    out: Path | None = None
     to: str = "artifact"
+    targets: bool = False
+    json: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,16 +223,22 @@ def _export(arguments: list[str]) -> int:
     asked = _parse(Export, arguments)
 
     from tcjax import content
-    from tcjax.export.run import EXPORTS
+    from tcjax.export.run import TARGETS, export_run
     from tcjax.job import load_run, trained
     from tcjax.study import rows
+    from tcjax.study.tables import target_table
 
-    if asked.to not in EXPORTS:
-        raise ValueError(f"--to {asked.to!r} is unknown; choose one of {sorted(EXPORTS)}.")
+    if asked.to not in TARGETS:
+        raise ValueError(f"--to {asked.to!r} is unknown; choose one of {', '.join(TARGETS)}.")
     run, root = load_run(asked.run), content.project_root(asked.run)
+    if asked.targets:
+        target_table(run, as_json=asked.json)
+        return 0
+    if asked.out is None:
+        raise ValueError("--out DIR says where the export goes; `--targets` only lists what it can be.")
     model, identity, _ = trained(run, root=root, out=asked.run)
     study, _ = rows.read(asked.run.resolve().parent)
-    print(EXPORTS[asked.to](run, model, identity, out=asked.out, root=root, rows=study))
+    print(export_run(asked.to, run, model, identity, out=asked.out, root=root, rows=study))
     return 0
 
 

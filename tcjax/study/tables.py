@@ -14,8 +14,10 @@ from rich.console import Console
 from rich.table import Table
 
 from tcjax.compressors.base import Widths
+from tcjax.config import Run
 from tcjax.evaluate.cost import compressor_flops
 from tcjax.export.families import has_twin
+from tcjax.export.run import TARGETS
 
 TRIED = tuple(range(1, 26)) + (32, 36, 49, 64, 81, 100, 121, 144, 169, 196, 225, 256, 324, 361, 400, 529, 576, 729)
 
@@ -63,6 +65,22 @@ def catalogue_table(
         table.add_row(
             line["name"], line["queries"], f"{line['parameters']:,}", cost, ", ".join(line["exports"]), line["source"]
         )
+    Console().print(table)
+
+
+def target_table(run: Run, *, as_json: bool) -> None:
+    """One line per export target: what it writes, and whether it holds this run's compressor or why it does not."""
+    lines = [
+        {"target": name, "writes": target.about, "why_not": target.why_not(run)} for name, target in TARGETS.items()
+    ]
+    if as_json:
+        print(json.dumps(lines, indent=1))
+        return
+    table = Table(title=f"{run.name}: tcjax export ... --to")
+    for column in ("target", "writes", "holds it"):
+        table.add_column(column)
+    for line in lines:
+        table.add_row(line["target"], line["writes"], f"no: {line['why_not']}" if line["why_not"] else "yes")
     Console().print(table)
 
 
