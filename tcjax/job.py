@@ -70,6 +70,7 @@ def train_run(run: Run, *, root: Path, out: Path, quiet: bool = False) -> Outcom
         process_count=jax.process_count(),
         features=features,
         patch=config.labelled_patch,
+        instructed=isinstance(config, VlmConfig) and config.reads_text,
     )
     return train(
         run,
@@ -96,7 +97,7 @@ def tower_features(
             return None
 
     facts = {
-        "tower": to_dict(config.tower) | {"weights": identity["tower.weights"]},
+        "tower": to_dict(model.tower.cfg) | {"weights": identity["tower.weights"]},
         "dataset": fingerprint(source, root),
         "images": len(prepared),
     }

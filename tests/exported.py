@@ -8,7 +8,7 @@ from pathlib import Path
 
 from flax import nnx
 
-from tcjax.compressors import avg_pool, mlp, pixel_shuffle, resampler
+from tcjax.compressors import avg_pool, chain, elastic, mlp, per_frame, pixel_shuffle, resampler
 from tcjax.compressors.base import Widths
 from tcjax.export.artifact import export
 from tests.planted import plant
@@ -23,6 +23,9 @@ CASES = {
     "resampler_video": resampler.Config(
         num_queries=3, depth=2, heads=2, head_width=4, ff_mult=2, max_queries=5, max_frames=2, max_media=3
     ),
+    "chain": chain.Config(parts=(avg_pool.Config(num_queries=9), pixel_shuffle.Config(num_queries=1))),
+    "per_frame": per_frame.Config(each=avg_pool.Config(num_queries=4)),
+    "elastic": elastic.Config(of=resampler.Config(num_queries=5, depth=2, heads=2, head_width=4, ff_mult=2)),
 }
 PROVENANCE = {"tower": {"name": "tiny", "weights": "0f" * 32}, "training": {"steps": 2180}}
 ROWS = [{"num_queries": 6, "accuracy": 0.51234}, {"num_queries": 24, "accuracy": 0.75, "seed": 1}]

@@ -25,6 +25,9 @@ KEYS = {  # as published; a wrong name is only a warning to most loaders
     "avg_pool": "0.bias 0.weight 2.bias 2.weight",
     "pixel_shuffle": "modality_projection.proj.weight",
     "pixel_shuffle_mlp": "mlp1.0.bias mlp1.0.weight mlp1.1.bias mlp1.1.weight mlp1.3.bias mlp1.3.weight",
+    "chain": "parts.0.0.bias parts.0.0.weight parts.0.2.bias parts.0.2.weight parts.1.modality_projection.proj.weight",
+    "per_frame": "each.0.bias each.0.weight each.2.bias each.2.weight",
+    "elastic": "",
     "resampler_video": "frame_embs media_time_embs",  # beside the resampler's
     "resampler": "latents norm.bias norm.weight out_proj.bias out_proj.weight "
     "layers.{i}.0.norm_latents.bias layers.{i}.0.norm_latents.weight layers.{i}.0.norm_media.bias "
@@ -34,7 +37,7 @@ KEYS = {  # as published; a wrong name is only a warning to most loaders
 
 
 def published_keys(case: str) -> str:
-    return KEYS[case] + (" " + KEYS["resampler"] if case == "resampler_video" else "")
+    return KEYS[case] + (" " + KEYS["resampler"] if case in ("resampler_video", "elastic") else "")
 
 
 @pytest.mark.parametrize("case", CASES)

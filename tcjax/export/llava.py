@@ -29,7 +29,7 @@ def why_not(run: Run) -> str:
         return reason
     if origin.family(run) != "mlp":
         return f"LLaVA builds linear and mlpNx_gelu projectors only, not {origin.family(run)}"
-    tower = run.model.tower  # pyright: ignore[reportAttributeAccessIssue]
+    tower = run.model.seen  # pyright: ignore[reportAttributeAccessIssue]
     if tower.norms_last:
         return "LLaVA reads the tower before its last norm, this one is read after it (feature_layer=-1 with post_norm)"
     if importlib.util.find_spec("torch") is None:
@@ -54,7 +54,7 @@ def export(run: Run, model: Any, identity: dict[str, Any], *, out: Path, root: P
         read = pickled.load(building / "mm_projector.bin")
         if tensors.content_hash(read) != tensors.content_hash(arrays):
             raise OSError(f"{out}: what was read back differs from what was written.")
-        tower = config.tower  # pyright: ignore[reportAttributeAccessIssue]
+        tower = config.seen  # pyright: ignore[reportAttributeAccessIssue]
         (building / "config.json").write_text(
             to_json(
                 {
