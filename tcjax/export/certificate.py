@@ -39,7 +39,7 @@ def golden(compressor: Any, arrays: names.Arrays, facts: dict) -> names.Arrays:
         compressor: the abstract module (families.abstract); it is filled with `arrays`.
         facts: the description (families.describe).
     """
-    with jax.default_device(_reference_device()), jax.default_matmul_precision("highest"):
+    with jax.default_device(reference_device()), jax.default_matmul_precision("highest"):
         names.assign(compressor, arrays)
         graphdef, state = nnx.split(compressor)
 
@@ -139,7 +139,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _reference_device() -> Any:
+def reference_device() -> Any:
     """A CPU if this process may use one: a TPU's highest precision still rounds differently."""
     try:
         return jax.local_devices(backend="cpu")[0]

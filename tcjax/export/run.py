@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from tcjax.assemble import published_names
 from tcjax.config import Run
-from tcjax.export import jax_export, llava, onnx, origin, torch_export
+from tcjax.export import hf, hf_remote, jax_export, llava, onnx, origin, torch_export
 from tcjax.export.artifact import export
 from tcjax.interop import names, tensors
 from tcjax.record import write_json
@@ -81,6 +81,8 @@ class Target(NamedTuple):
 TARGETS = {
     "artifact": Target("weights, PyTorch code, certificate, card", origin.why_not, export_artifact),
     "parts": Target("every trained part as safetensors", _why_no_parts, export_parts),
+    "hf": Target("a Hugging Face directory of a stock class", hf.why_not, hf.export),
+    "hf-remote": Target("a Llava directory with the compressor's own code", hf_remote.why_not, hf_remote.export),
     "llava": Target("mm_projector.bin of the original LLaVA", llava.why_not, llava.export),
     "onnx": Target("compressor.onnx", onnx.why_not, onnx.export),
     "torch-export": Target("compressor.pt2 of torch.export", torch_export.why_not, torch_export.export),
