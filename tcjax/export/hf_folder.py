@@ -133,7 +133,10 @@ def golden(model: Vlm, config: VlmConfig, chat: Chat) -> names.Arrays:
 def certify(building: Path) -> dict[str, Any]:
     """The report of verify.py, run on the folder being written; ValueError with it if transformers disagrees."""
     if importlib.util.find_spec("transformers") is None or importlib.util.find_spec("torch") is None:
-        return {"ran": False, "note": "not run here: transformers is not installed; `python verify.py` runs it where it is"}
+        return {
+            "ran": False,
+            "note": "not run here: transformers is not installed; `python verify.py` runs it where it is",
+        }
     command = [sys.executable, "-B", str(building / "verify.py"), str(building), "--json", "--no-hashes"]
     with tempfile.TemporaryDirectory() as modules:  # where transformers copies remote code to
         environment = {**os.environ, "HF_MODULES_CACHE": modules, "HF_HUB_OFFLINE": "1"}
@@ -141,7 +144,9 @@ def certify(building: Path) -> dict[str, Any]:
     try:
         report = json.loads(done.stdout[done.stdout.index("{") :])
     except ValueError:
-        raise ValueError(f"verify.py did not run in transformers; nothing was exported:\n{done.stderr[-2000:]}") from None
+        raise ValueError(
+            f"verify.py did not run in transformers; nothing was exported:\n{done.stderr[-2000:]}"
+        ) from None
     return judged(report)
 
 

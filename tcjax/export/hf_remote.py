@@ -10,6 +10,7 @@ the names of its memory layout.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -76,8 +77,12 @@ def export(run: Run, model: Vlm, identity: dict[str, Any], *, out: Path, root: P
         "dtype": "float32",
         **ids,
     }
+    twin = twin_source(facts)
     code = {name: (hf_folder.TEMPLATES / name).read_text() for name in CODE}
-    code["modeling_compressor.py"] = twin_source(facts)
+    # transformers takes equal config files in folders of equal names for one class, and then one model class for both.
+    digest = hashlib.sha256("".join([*code.values(), twin]).encode()).hexdigest()
+    code = {name: f"{text}\n# SHA-256 of all code in this folder: {digest}\n" for name, text in code.items()}
+    code["modeling_compressor.py"] = twin
     about = f"A vision-language model trained with tcjax: Llava with a {facts['family']} compressor as its projector."
     return hf_folder.write(KIND, outer, weights, run, model, identity, out=out, root=root, code=code, about=about)
 
