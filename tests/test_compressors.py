@@ -30,7 +30,11 @@ CASES = {  # name: (tiny config, Q, vdot(tokens, noise) with planted weights)
     "resampler_prefix": (resampler.Config(num_queries=3, max_queries=5, **TINY), 3, -8.71471),
     "resampler_video": (resampler.Config(num_queries=4, max_frames=3, media=1, max_media=2, **TINY), 4, -5.74115),
     "elastic": (elastic.Config(of=resampler.Config(num_queries=5, **TINY)), 5, 20.44692),
-    "chain": (chain.Config(parts=(avg_pool.Config(num_queries=9), resampler.Config(num_queries=4, **TINY))), 4, -2.84258),
+    "chain": (
+        chain.Config(parts=(avg_pool.Config(num_queries=9), resampler.Config(num_queries=4, **TINY))),
+        4,
+        -2.84258,
+    ),
     "per_frame": (per_frame.Config(each=resampler.Config(num_queries=4, **TINY)), 4, -4.93847),
     "resize_image": (resize_image.Config(num_queries=24, shape=(4, 6)), 24, -25.53666),
 }
