@@ -29,7 +29,6 @@ def wrapped(catalogue: dict) -> dict:
             parts=(
                 catalogue["avg_pool"](16 * num_queries),
                 catalogue["resampler"](4 * num_queries),
-                catalogue["learned_merge"](num_queries),
             )
         ),
     }

@@ -79,7 +79,7 @@ def test_without_a_reader_there_is_no_instruction(project):
 
 
 def test_negative_turns_are_refused(project):
-    with pytest.raises(ValueError, match="data.turns=-1: takes a whole number"):
+    with pytest.raises(ValueError, match=r"data.turns=-1: takes a whole number"):
         read(project, 1, turns=-1)
 
 
@@ -127,7 +127,7 @@ def test_the_compressor_hears_the_llms_own_embeddings():
     np.testing.assert_allclose(heard_BQD[0, 0], (embed[3] + embed[5]) / 2, atol=1e-6)
     np.testing.assert_allclose(heard_BQD[1, 0], embed[7], atol=1e-6)
     np.testing.assert_array_equal(heard_BQD[2], 0)
-    with pytest.raises(ValueError, match="conditioned on the question and got no context.text_BTD"):
+    with pytest.raises(ValueError, match=r"conditioned on the question and got no context.text_BTD"):
         model.compress(batch)
 
 
