@@ -8,7 +8,7 @@ from pathlib import Path
 
 from flax import nnx
 
-from tcjax.compressors import avg_pool, mlp, pixel_shuffle, resampler
+from tcjax.compressors import avg_pool, idefics2_resampler, mlp, pixel_shuffle, query_resampler, resampler
 from tcjax.compressors.base import Widths
 from tcjax.export.artifact import export
 from tests.planted import plant
@@ -22,6 +22,15 @@ CASES = {
     "resampler": resampler.Config(num_queries=5, depth=2, heads=2, head_width=4, ff_mult=2),
     "resampler_video": resampler.Config(
         num_queries=3, depth=2, heads=2, head_width=4, ff_mult=2, max_queries=5, max_frames=2, max_media=3
+    ),
+    "idefics2_resampler": idefics2_resampler.Config(
+        num_queries=3, max_queries=5, depth=2, heads=4, kv_heads=2, head_width=4, ff_mult=2, projection=10
+    ),
+    "query_resampler": query_resampler.Config(
+        num_queries=3, max_queries=5, width=6, heads=4, kv_heads=2, head_width=4, ff_mult=2
+    ),
+    "query_resampler_anywhere": query_resampler.Config(
+        num_queries=4, width=6, heads=4, kv_heads=2, head_width=4, ff_mult=2, positions=False
     ),
 }
 PROVENANCE = {"tower": {"name": "tiny", "weights": "0f" * 32}, "training": {"steps": 2180}}
