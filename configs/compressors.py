@@ -4,8 +4,17 @@
 tcjax/compressors, one line here, one row in tests/test_compressors.py.
 """
 
-from tcjax.compressors import avg_pool, chain, elastic, mlp, pixel_shuffle, resampler, resize_image
-from tcjax.compressors import avg_pool, idefics2_resampler, mlp, pixel_shuffle, query_resampler, resampler
+from tcjax.compressors import (
+    avg_pool,
+    chain,
+    elastic,
+    idefics2_resampler,
+    mlp,
+    pixel_shuffle,
+    query_resampler,
+    resampler,
+    resize_image,
+)
 
 CATALOGUE = {
     "mlp": lambda num_queries: mlp.Config(num_queries=num_queries),

@@ -8,8 +8,17 @@ from pathlib import Path
 
 from flax import nnx
 
-from tcjax.compressors import avg_pool, chain, elastic, mlp, per_frame, pixel_shuffle, resampler
-from tcjax.compressors import avg_pool, idefics2_resampler, mlp, pixel_shuffle, query_resampler, resampler
+from tcjax.compressors import (
+    avg_pool,
+    chain,
+    elastic,
+    idefics2_resampler,
+    mlp,
+    per_frame,
+    pixel_shuffle,
+    query_resampler,
+    resampler,
+)
 from tcjax.compressors.base import Widths
 from tcjax.export.artifact import export
 from tests.planted import plant

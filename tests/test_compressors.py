@@ -10,8 +10,18 @@ import pytest
 from flax import nnx
 
 from configs.compressors import BOARDS, CATALOGUE
-from tcjax.compressors import avg_pool, chain, elastic, mlp, per_frame, pixel_shuffle, resampler, resize_image
-from tcjax.compressors import avg_pool, idefics2_resampler, mlp, pixel_shuffle, query_resampler, resampler
+from tcjax.compressors import (
+    avg_pool,
+    chain,
+    elastic,
+    idefics2_resampler,
+    mlp,
+    per_frame,
+    pixel_shuffle,
+    query_resampler,
+    resampler,
+    resize_image,
+)
 from tcjax.compressors.base import Context, Widths
 from tcjax.config import MeshConfig
 from tcjax.sharding import make_mesh, place
