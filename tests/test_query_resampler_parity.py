@@ -82,6 +82,7 @@ def oracle(module, config, x_BNC, text_BTD, text_valid_BT, valid_BN) -> np.ndarr
     facts = Idefics2PerceiverConfig(
         hidden_size=config.width, rms_norm_eps=config.eps, num_key_value_heads=config.kv_heads, **sizes
     )
+    facts._attn_implementation = "eager"
 
     def layer(room: str, number: int) -> torch.nn.Module:
         made = Idefics2PerceiverLayer(facts, 0)
