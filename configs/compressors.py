@@ -4,7 +4,17 @@
 tcjax/compressors, one line here, one row in tests/test_compressors.py.
 """
 
-from tcjax.compressors import avg_pool, mlp, pixel_shuffle, resampler
+from tcjax.compressors import (
+    avg_pool,
+    chain,
+    elastic,
+    idefics2_resampler,
+    mlp,
+    pixel_shuffle,
+    query_resampler,
+    resampler,
+    resize_image,
+)
 
 CATALOGUE = {
     "mlp": lambda num_queries: mlp.Config(num_queries=num_queries),
@@ -12,9 +22,35 @@ CATALOGUE = {
     "pixel_shuffle": lambda num_queries: pixel_shuffle.Config(num_queries=num_queries),
     "pixel_shuffle_mlp": lambda num_queries: pixel_shuffle.Config(num_queries=num_queries, head="mlp"),
     "resampler": lambda num_queries: resampler.Config(num_queries=num_queries),
+    "resize_image": lambda num_queries: resize_image.Config(num_queries=num_queries),
+    "idefics2_resampler": lambda num_queries: idefics2_resampler.Config(num_queries=num_queries),
+    "query_resampler": lambda num_queries: query_resampler.Config(num_queries=num_queries),
 }
 
 # The same families for the digit boards, whose tower is 96 wide and whose LLM is 128 wide.
 BOARDS = CATALOGUE | {
     "resampler": lambda num_queries: resampler.Config(num_queries=num_queries, depth=2, heads=4, head_width=32),
+    "idefics2_resampler": lambda num_queries: idefics2_resampler.Config(
+        num_queries=num_queries, depth=2, heads=4, kv_heads=2, head_width=32, projection=256
+    ),
+    "query_resampler": lambda num_queries: query_resampler.Config(
+        num_queries=num_queries, width=96, heads=4, kv_heads=2, head_width=32
+    ),
 }
+
+
+def wrapped(catalogue: dict) -> dict:
+    """What is made of the others: one training for any Q, and 64 times fewer in three stages of 4."""
+    return {
+        "elastic": lambda num_queries: elastic.Config(of=catalogue["resampler"](num_queries)),
+        "chain": lambda num_queries: chain.Config(
+            parts=(
+                catalogue["avg_pool"](16 * num_queries),
+                catalogue["resampler"](4 * num_queries),
+            )
+        ),
+    }
+
+
+CATALOGUE |= wrapped(CATALOGUE)
+BOARDS |= wrapped(BOARDS)

@@ -8,7 +8,17 @@ from pathlib import Path
 
 from flax import nnx
 
-from tcjax.compressors import avg_pool, chain, elastic, mlp, per_frame, pixel_shuffle, resampler
+from tcjax.compressors import (
+    avg_pool,
+    chain,
+    elastic,
+    idefics2_resampler,
+    mlp,
+    per_frame,
+    pixel_shuffle,
+    query_resampler,
+    resampler,
+)
 from tcjax.compressors.base import Widths
 from tcjax.export.artifact import export
 from tests.planted import plant
@@ -26,6 +36,15 @@ CASES = {
     "chain": chain.Config(parts=(avg_pool.Config(num_queries=9), pixel_shuffle.Config(num_queries=1))),
     "per_frame": per_frame.Config(each=avg_pool.Config(num_queries=4)),
     "elastic": elastic.Config(of=resampler.Config(num_queries=5, depth=2, heads=2, head_width=4, ff_mult=2)),
+    "idefics2_resampler": idefics2_resampler.Config(
+        num_queries=3, max_queries=5, depth=2, heads=4, kv_heads=2, head_width=4, ff_mult=2, projection=10
+    ),
+    "query_resampler": query_resampler.Config(
+        num_queries=3, max_queries=5, width=6, heads=4, kv_heads=2, head_width=4, ff_mult=2
+    ),
+    "query_resampler_anywhere": query_resampler.Config(
+        num_queries=4, width=6, heads=4, kv_heads=2, head_width=4, ff_mult=2, positions=False
+    ),
 }
 PROVENANCE = {"tower": {"name": "tiny", "weights": "0f" * 32}, "training": {"steps": 2180}}
 ROWS = [{"num_queries": 6, "accuracy": 0.51234}, {"num_queries": 24, "accuracy": 0.75, "seed": 1}]

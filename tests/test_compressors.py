@@ -10,7 +10,18 @@ import pytest
 from flax import nnx
 
 from configs.compressors import BOARDS, CATALOGUE
-from tcjax.compressors import avg_pool, chain, elastic, mlp, per_frame, pixel_shuffle, resampler, resize_image
+from tcjax.compressors import (
+    avg_pool,
+    chain,
+    elastic,
+    idefics2_resampler,
+    mlp,
+    per_frame,
+    pixel_shuffle,
+    query_resampler,
+    resampler,
+    resize_image,
+)
 from tcjax.compressors.base import Context, Widths
 from tcjax.config import MeshConfig
 from tcjax.sharding import make_mesh, place
@@ -18,6 +29,7 @@ from tests.planted import leaves, noise, plant
 
 WIDTHS = Widths(grid_HW=(4, 6), vision_C=12, llm_D=16, text_D=10, levels=2)
 TINY = {"depth": 2, "heads": 2, "head_width": 4, "ff_mult": 2}
+GROUPED = {"heads": 4, "kv_heads": 2, "head_width": 4, "ff_mult": 2}
 
 CASES = {  # name: (tiny config, Q, vdot(tokens, noise) with planted weights)
     "mlp": (mlp.Config(), 24, -25.53666),
@@ -37,6 +49,18 @@ CASES = {  # name: (tiny config, Q, vdot(tokens, noise) with planted weights)
     ),
     "per_frame": (per_frame.Config(each=resampler.Config(num_queries=4, **TINY)), 4, -4.93847),
     "resize_image": (resize_image.Config(num_queries=24, shape=(4, 6)), 24, -25.53666),
+    "idefics2_resampler": (idefics2_resampler.Config(num_queries=5, depth=2, projection=8, **GROUPED), 5, 37.60905),
+    "idefics2_resampler_prefix": (
+        idefics2_resampler.Config(num_queries=3, max_queries=5, depth=1, projection=8, latents="ones", **GROUPED),
+        3,
+        -13.92754,
+    ),
+    "query_resampler": (query_resampler.Config(num_queries=5, width=8, **GROUPED), 5, 11.83464),
+    "query_resampler_anywhere": (
+        query_resampler.Config(num_queries=3, max_queries=4, width=8, depth=3, positions=False, **GROUPED),
+        3,
+        18.68648,
+    ),
 }
 SELECTING: set[str] = set()  # they leave most tokens unread on purpose
 FEWER = {"avg_pool": 4, "mlp": 4}  # of a family whose cases cannot give 2
@@ -291,6 +315,8 @@ IMPOSSIBLE = {  # name: (config, what the message must say)
     "avg_pool_grid": (avg_pool.Config(num_queries=10, shape=(5, 2)), r"shape=\(5, 2\) .* \(1, 1\) to \(4, 6\)"),
     "pixel_shuffle": (pixel_shuffle.Config(num_queries=8), r"num_queries=8 .*; possible: \[6, 24\]"),
     "resampler": (resampler.Config(num_queries=0), r"num_queries=0: .* from 1 up"),
+    "idefics2_resampler": (idefics2_resampler.Config(num_queries=0), r"num_queries=0: .* from 1 up to max_queries=0"),
+    "query_resampler": (query_resampler.Config(num_queries=5, max_queries=4), r"num_queries=5: .* max_queries=4"),
 }
 
 
@@ -309,6 +335,12 @@ def test_impossible_num_queries_name_the_possible_ones(name):
         (pixel_shuffle.Config(num_queries=6, head="conv"), r"head='conv' .*\['linear', 'mlp'\]"),
         (mlp.Config(depth=0), "depth=0: .* at least 1"),
         (resampler.Config(heads=0), "heads=0: .* at least 1"),
+        (idefics2_resampler.Config(projection=0), "projection=0: .* at least 1"),
+        (idefics2_resampler.Config(kv_heads=5), r"kv_heads=5 must divide heads=16; possible: \[1, 2, 4, 8, 16\]"),
+        (idefics2_resampler.Config(latents="zeros"), r"latents='zeros' .*\('normal', 'ones'\)"),
+        (query_resampler.Config(head_width=0), "head_width=0: .* at least 1"),
+        (query_resampler.Config(eps=0.0), "eps=0.0: must be above 0"),
+        (query_resampler.Config(text_layers=2), "text_layers=2 of depth=2: .* 1 <= text_layers < depth"),
     ],
 )
 def test_other_impossible_choices_are_named(config, message):
@@ -319,8 +351,8 @@ def test_other_impossible_choices_are_named(config, message):
 @pytest.mark.parametrize(
     ("catalogue", "widths", "num_queries", "parameters"),
     [
-        (CATALOGUE, Widths(grid_HW=(24, 24), vision_C=1024, llm_D=4096), 64, 67_217_408),
-        (BOARDS, Widths(grid_HW=(16, 16), vision_C=96, llm_D=128), 16, 261_056),
+        (CATALOGUE, Widths(grid_HW=(24, 24), vision_C=1024, llm_D=4096, text_D=4096), 64, 67_217_408),
+        (BOARDS, Widths(grid_HW=(16, 16), vision_C=96, llm_D=128, text_D=128), 16, 261_056),
     ],
 )
 def test_the_catalogue_builds_at_published_widths(catalogue, widths, num_queries, parameters):

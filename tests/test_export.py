@@ -20,6 +20,10 @@ from tcjax.interop import names, tensors
 from tcjax.record import file_hash
 from tests.exported import CASES, PROVENANCE, ROWS, WIDTHS, artifact, artifact_copy, built
 
+IDEFICS2_LAYER = (
+    "input_latents_norm input_context_norm post_attention_layernorm self_attn.q_proj self_attn.k_proj self_attn.v_proj "
+    "self_attn.o_proj mlp.gate_proj mlp.up_proj mlp.down_proj"
+).split()
 KEYS = {  # as published; a wrong name is only a warning to most loaders
     "mlp": "0.bias 0.weight 2.bias 2.weight",
     "avg_pool": "0.bias 0.weight 2.bias 2.weight",
@@ -29,6 +33,14 @@ KEYS = {  # as published; a wrong name is only a warning to most loaders
     "per_frame": "each.0.bias each.0.weight each.2.bias each.2.weight",
     "elastic": "",
     "resampler_video": "frame_embs media_time_embs",  # beside the resampler's
+    "idefics2_resampler": "modality_projection.gate_proj.weight modality_projection.up_proj.weight "
+    "modality_projection.down_proj.weight perceiver_resampler.latents perceiver_resampler.norm.weight "
+    + " ".join(f"perceiver_resampler.layers.{{i}}.{key}.weight" for key in IDEFICS2_LAYER),
+    "query_resampler_anywhere": "resize_linear.weight resize_linear.bias pre_mlp.0.weight pre_mlp.0.bias "
+    "pre_mlp.2.weight pre_mlp.2.bias proj.0.weight proj.0.bias proj.2.weight proj.2.bias "
+    "perceiver.latents perceiver.norm.weight "
+    + " ".join(f"perceiver.layers.{{i}}.{key}.weight" for key in IDEFICS2_LAYER),
+    "query_resampler": "position_embedding.weight",  # beside the former's
     "resampler": "latents norm.bias norm.weight out_proj.bias out_proj.weight "
     "layers.{i}.0.norm_latents.bias layers.{i}.0.norm_latents.weight layers.{i}.0.norm_media.bias "
     "layers.{i}.0.norm_media.weight layers.{i}.0.to_kv.weight layers.{i}.0.to_out.weight layers.{i}.0.to_q.weight "
@@ -36,8 +48,12 @@ KEYS = {  # as published; a wrong name is only a warning to most loaders
 }
 
 
+BESIDE = {"resampler_video": "resampler", "query_resampler": "query_resampler_anywhere"}
+
+
 def published_keys(case: str) -> str:
     return KEYS[case] + (" " + KEYS["resampler"] if case in ("resampler_video", "elastic") else "")
+    return KEYS[case] + (" " + KEYS[BESIDE[case]] if case in BESIDE else "")
 
 
 @pytest.mark.parametrize("case", CASES)

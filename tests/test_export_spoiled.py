@@ -71,6 +71,8 @@ SPOILED_CONFIG = {
     "tanh GELU in the resampler": ("resampler", {"activation": "gelu_pytorch_tanh"}, r"parity: plain: off by"),
     "eps in the resampler": ("resampler", {"norm_eps": 1e-6}, r"parity: faint: off by"),
     "eps in the pixel shuffle": ("pixel_shuffle_mlp", {"norm_eps": 1e-6}, r"parity: faint: off by"),
+    "eps in the idefics2 resampler": ("idefics2_resampler", {"norm_eps": 1e-6}, r"parity: faint: off by"),
+    "the image before the question": ("query_resampler", {"reading_order": "image, text"}, r"load: .*'image, text'"),
     "other heads": ("resampler", {"heads": 4, "head_width": 2}, r"parity: plain: off by"),
     "other bins": ("avg_pool", {"pooled": [2, 3]}, r"parity: plain: off by"),
     "another number of tokens": ("avg_pool", {"pooled": [2, 2]}, r"output is \[2, 4, 12\], JAX gave \[2, 6, 12\]"),
@@ -92,6 +94,18 @@ SPOILED_CODE = {
     ),
     "padding is attended to": ("resampler", "torch.cat([valid,", "torch.cat([valid | True,", r"parity: masked: off by"),
     "an empty bin is valid": ("avg_pool", "some = share > 0", "some = share >= 0", r"parity: masked: other outputs"),
+    "padding of the question is read": (
+        "query_resampler",
+        "self.seen(text_valid), self.seen(valid)",
+        "None, self.seen(valid)",
+        r"parity: plain: off by",
+    ),
+    "other heads share": (
+        "idefics2_resampler",
+        ".repeat_interleave(self.shared_by, dim=1)",
+        ".repeat(1, self.shared_by, 1, 1)",
+        r"parity: plain: off by",
+    ),
     "queries in another order": (
         "resampler",
         "latents = self.norm_latents(latents)",
