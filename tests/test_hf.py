@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from tcjax.compressors import avg_pool, mlp, pixel_shuffle, resampler
+from tcjax.compressors import avg_pool, idefics2_resampler, mlp, pixel_shuffle, resampler
 from tcjax.config import Pixels
 from tcjax.export import hf, hf_folder, hf_remote
 from tcjax.export.torch.remote import verify
@@ -20,10 +20,12 @@ from tcjax.interop import tensors
 from tests.hosted import IDENTITY, ROOT, TOWERS, a_model, a_run
 
 RESAMPLER = resampler.Config(num_queries=3, depth=1, heads=2, head_width=8)
+IDEFICS2 = idefics2_resampler.Config(num_queries=3, depth=2, heads=4, kv_heads=2, head_width=6, projection=32)
 STOCK = {  # name: (run, class)
     "llava-clip": (a_run(mlp.Config(), "clip", "llama3"), "LlavaForConditionalGeneration"),
     "llava-siglip": (a_run(mlp.Config(), "siglip-2", "qwen2"), "LlavaForConditionalGeneration"),
     "idefics3": (a_run(pixel_shuffle.Config(num_queries=4), "siglip", "qwen3"), "Idefics3ForConditionalGeneration"),
+    "idefics2": (a_run(IDEFICS2, "siglip", "llama3"), "Idefics2ForConditionalGeneration"),
     "internvl": (
         a_run(pixel_shuffle.Config(num_queries=4, head="mlp"), "internvit", "llama3"),
         "InternVLForConditionalGeneration",
@@ -163,6 +165,11 @@ SPOILED = {  # name: (folder, what is done to it, what the check says)
         r"Image features and image tokens do not match",
     ),
     "another eps of the tower": ("hf/llava-clip", change_config(vision_config__layer_norm_eps=1e-2), r"logits: off by"),
+    "another eps of the latents": (
+        "hf/idefics2",
+        change_config(perceiver_config__rms_norm_eps=1e-2),
+        r"logits: off by",
+    ),
     "another theta": ("hf/llava-clip", change_config(text_config__rope_theta=5e5), r"logits: off by"),
     "a tied head": ("hf/internvl", tie_the_head, r"logits: off by"),
     "keys and values swapped": ("hf-remote/resampler", change_weights(swap_keys_and_values), r"logits: off by"),
@@ -273,6 +280,12 @@ REFUSED = {  # why a stock class, then why remote code does not hold it
     "no host": (a_run(RESAMPLER), r"no stock class computes resampler; hf-remote holds it", ""),
     "idefics-clip": (a_run(pixel_shuffle.Config(num_queries=4), "clip"), r"tower is CLIP, and the host has SigLIP", ""),
     "idefics-layer": (a_run(pixel_shuffle.Config(num_queries=4), "siglip-2"), r"behind the last norm", ""),
+    "idefics2-width": (
+        a_run(dataclasses.replace(IDEFICS2, projection=40)),
+        r"as wide as the LLM's feed-forward, 32, this one 40",
+        "",
+    ),
+    "idefics2-prefix": (a_run(IDEFICS2.at(2)), r"uses all of its 3 latents, this run 2", ""),
     "internvl-tower": (
         a_run(pixel_shuffle.Config(num_queries=4, head="mlp")),
         r"tower is SigLIP, and the host has InternViT",

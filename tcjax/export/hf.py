@@ -2,6 +2,7 @@
 
     mlp                    LlavaForConditionalGeneration        tower read before its last norm
     pixel_shuffle linear   Idefics3ForConditionalGeneration     SigLIP read behind its last norm
+    idefics2_resampler     Idefics2ForConditionalGeneration     the same; projection as wide as the LLM's feed-forward
     pixel_shuffle mlp      InternVLForConditionalGeneration     InternViT, the only tower this class has
 
 Layouts are the ones files on the hub have (transformers, servers and converters all read them); the outer
@@ -29,7 +30,7 @@ COUNTED = 80
 
 
 class Host(NamedTuple):
-    """A stock class. why_not(facts, tower): "" if it computes this compressor behind this tower. config: outer fields.
+    """A stock class. why_not(facts, config): "" if it computes this compressor in this model. config: outer fields.
 
     key: published name of a compressor's tensor -> its name in the class. tower, llm: prefixes for vision_model.* and
     for model.* ("lm_head.weight" goes to `head`).
@@ -38,7 +39,7 @@ class Host(NamedTuple):
     name: str
     model_type: str
     after_norm: bool
-    why_not: Callable[[dict, VitConfig], str]
+    why_not: Callable[[dict, VlmConfig], str]
     config: Callable[[dict, VitConfig], dict[str, Any]]
     key: Callable[[str], str]
     tower: str
@@ -61,7 +62,7 @@ def why_not(run: Run) -> str:
     reasons = (
         hosts.why_no_tower(config.seen, after_norm=host.after_norm, classes=host.towers),
         hosts.why_no_llm(config.llm),
-        host.why_not(facts, config.seen),
+        host.why_not(facts, config),
     )
     reason = next((reason for reason in reasons if reason), "")
     return f"{host.name}: {reason}" if reason else ""
@@ -77,7 +78,7 @@ def export(run: Run, model: Vlm, identity: dict[str, Any], *, out: Path, root: P
     vision = hosts.tower_config(tower)
     if host.model_type.startswith("idefics"):
         vision = {key: value for key, value in vision.items() if key != "vision_use_head"}
-        vision["model_type"] = host.model_type if host.model_type == "idefics2" else f"{host.model_type}_vision"
+        vision["model_type"] = f"{host.model_type}_vision"
     weights = {host.key(key): tensor for key, tensor in compressor_tensors(model, config).items()}
     weights |= {host.tower + key: tensor for key, tensor in _tower(model, tower, host, root).items()}
     for key, tensor in hosts.llm_tensors(model.llm, config.llm).items():
@@ -115,6 +116,7 @@ def _host(facts: dict) -> Host | None:
         ("mlp", None): LLAVA,
         ("pixel_shuffle", "linear"): IDEFICS3,
         ("pixel_shuffle", "mlp"): INTERNVL,
+        ("idefics2_resampler", None): IDEFICS2,
     }.get(kind)
 
 
@@ -123,26 +125,33 @@ def _strategy(tower: VitConfig) -> dict[str, Any]:
     return {"vision_feature_layer": tower.feature_layer, "vision_feature_select_strategy": strategy}
 
 
-def _llava_why_not(facts: dict, tower: VitConfig) -> str:
+def _llava_why_not(facts: dict, config: VlmConfig) -> str:
     return "" if facts["depth"] == 2 else f"its projector has 2 linear layers, this one {facts['depth']}"
 
 
-def why_no_idefics_tower(tower: VitConfig) -> str:
+def _idefics3_why_not(facts: dict, config: VlmConfig) -> str:
     """Idefics2 and 3 build a SigLIP of their own and read it behind its last norm."""
-    if not tower.norms_last:
+    if not config.seen.norms_last:
         return "it reads its tower behind the last norm (feature_layer=-1)"
-    side = tower.full_HW[0]
+    side = config.seen.full_HW[0]
     if side in MISCOUNTED or side >= COUNTED:
-        return f"transformers rounds the positions of a {side} x {side} grid in this class to their neighbours"
+        return f"transformers rounds positions of a {side} x {side} grid in this class to those of their neighbours"
     return ""
 
 
-def _idefics3_why_not(facts: dict, tower: VitConfig) -> str:
-    return why_no_idefics_tower(tower)
+def _idefics2_why_not(facts: dict, config: VlmConfig) -> str:
+    D, F = facts["llm_width"], config.llm.feed_forward
+    if facts["projection"] != F:
+        return f"its projection is as wide as the LLM's feed-forward, {F}, this one {facts['projection']}"
+    if facts["feed_forward"] != 4 * D:
+        return f"its latents' feed-forward is 4 times as wide as they are, {4 * D}, this one {facts['feed_forward']}"
+    if facts["num_queries"] != facts["max_queries"]:
+        return f"it uses all of its {facts['max_queries']} latents, this run {facts['num_queries']} of them"
+    return _idefics3_why_not(facts, config)
 
 
-def _internvl_why_not(facts: dict, tower: VitConfig) -> str:
-    s, side = facts["factor"], tower.grid_HW[0]
+def _internvl_why_not(facts: dict, config: VlmConfig) -> str:
+    s, side = facts["factor"], config.widths.grid_HW[0]
     ratio = 1 / s
     if side % ratio != 0 or int(side * ratio) * s != side or int(1 / ratio) != s:
         return f"its downsample_ratio 1/{s} is rounded, and {side} / {s} tokens do not come out; powers of two do"
@@ -178,6 +187,29 @@ IDEFICS3 = Host(
     after_norm=True,
     why_not=_idefics3_why_not,
     config=lambda facts, tower: {"scale_factor": facts["factor"]},
+    key=lambda key: f"model.connector.{key}",
+    tower="model.",
+    llm="model.text_model.",
+    head="lm_head.weight",
+    towers=("SigLIP",),
+)
+IDEFICS2 = Host(
+    name="Idefics2ForConditionalGeneration",
+    model_type="idefics2",
+    after_norm=True,
+    why_not=_idefics2_why_not,
+    config=lambda facts, tower: {
+        "perceiver_config": {
+            "hidden_size": facts["llm_width"],
+            "hidden_act": facts["activation"],
+            "resampler_n_latents": facts["num_queries"],
+            "resampler_depth": facts["depth"],
+            "resampler_n_heads": facts["heads"],
+            "resampler_head_dim": facts["head_width"],
+            "num_key_value_heads": facts["kv_heads"],
+            "rms_norm_eps": facts["norm_eps"],
+        }
+    },
     key=lambda key: f"model.connector.{key}",
     tower="model.",
     llm="model.text_model.",
