@@ -4,7 +4,7 @@
 tcjax/compressors, one line here, one row in tests/test_compressors.py.
 """
 
-from tcjax.compressors import avg_pool, mlp, pixel_shuffle, resampler
+from tcjax.compressors import avg_pool, mlp, pixel_shuffle, qformer, resampler
 
 CATALOGUE = {
     "mlp": lambda num_queries: mlp.Config(num_queries=num_queries),
@@ -12,9 +12,14 @@ CATALOGUE = {
     "pixel_shuffle": lambda num_queries: pixel_shuffle.Config(num_queries=num_queries),
     "pixel_shuffle_mlp": lambda num_queries: pixel_shuffle.Config(num_queries=num_queries, head="mlp"),
     "resampler": lambda num_queries: resampler.Config(num_queries=num_queries),
+    "qformer": lambda num_queries: qformer.Config(num_queries=num_queries),
+    "qformer_text": lambda num_queries: qformer.Config(num_queries=num_queries, text=True),  # InstructBLIP's
 }
 
 # The same families for the digit boards, whose tower is 96 wide and whose LLM is 128 wide.
+SMALL_BERT = {"depth": 2, "width": 128, "heads": 4, "feed_forward": 512, "cross_every": 1}
 BOARDS = CATALOGUE | {
     "resampler": lambda num_queries: resampler.Config(num_queries=num_queries, depth=2, heads=4, head_width=32),
+    "qformer": lambda num_queries: qformer.Config(num_queries=num_queries, **SMALL_BERT),
+    "qformer_text": lambda num_queries: qformer.Config(num_queries=num_queries, text=True, max_text=64, **SMALL_BERT),
 }

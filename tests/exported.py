@@ -8,7 +8,7 @@ from pathlib import Path
 
 from flax import nnx
 
-from tcjax.compressors import avg_pool, mlp, pixel_shuffle, resampler
+from tcjax.compressors import avg_pool, mlp, pixel_shuffle, qformer, resampler
 from tcjax.compressors.base import Widths
 from tcjax.export.artifact import export
 from tests.planted import plant
@@ -22,6 +22,10 @@ CASES = {
     "resampler": resampler.Config(num_queries=5, depth=2, heads=2, head_width=4, ff_mult=2),
     "resampler_video": resampler.Config(
         num_queries=3, depth=2, heads=2, head_width=4, ff_mult=2, max_queries=5, max_frames=2, max_media=3
+    ),
+    "qformer": qformer.Config(num_queries=3, depth=2, width=8, heads=2, feed_forward=16, max_queries=5),
+    "qformer_text": qformer.Config(
+        num_queries=5, depth=2, width=8, heads=2, feed_forward=16, cross_every=1, text=True, max_text=6
     ),
 }
 PROVENANCE = {"tower": {"name": "tiny", "weights": "0f" * 32}, "training": {"steps": 2180}}
