@@ -31,10 +31,10 @@ CASES = {  # name: (tiny config, Q, vdot(tokens, noise) with planted weights)
     "resampler": (resampler.Config(num_queries=5, **TINY), 5, 1.06527),
     "resampler_prefix": (resampler.Config(num_queries=3, max_queries=5, **TINY), 3, -8.71471),
     "resampler_video": (resampler.Config(num_queries=4, max_frames=3, media=1, max_media=2, **TINY), 4, -5.74115),
-    "qformer": (qformer.Config(num_queries=5, **BERT), 5, 0),
-    "qformer_every_layer": (qformer.Config(num_queries=3, max_queries=5, cross_every=1, **BERT), 3, 0),
-    "qformer_text": (qformer.Config(num_queries=5, text=True, max_text=7, **BERT), 5, 0),
-    "qformer_own_words": (qformer.Config(num_queries=4, text=True, max_text=5, **BERT | {"width": 10}), 4, 0),
+    "qformer": (qformer.Config(num_queries=5, **BERT), 5, 7.17879),
+    "qformer_every_layer": (qformer.Config(num_queries=3, max_queries=5, cross_every=1, **BERT), 3, 18.0481),
+    "qformer_text": (qformer.Config(num_queries=5, text=True, max_text=7, **BERT), 5, -0.22846),
+    "qformer_own_words": (qformer.Config(num_queries=4, text=True, max_text=5, **BERT | {"width": 10}), 4, -14.55236),
 }
 # Weights of published files that reach no output, {family: {path: layers}}: a key's bias cancels in the softmax, and the
 # text is dropped after the last layer, the last group's second, so that its feed-forward there is for nothing.
