@@ -11,11 +11,11 @@ from tcjax.compressors import (
     idefics2_resampler,
     mlp,
     pixel_shuffle,
+    qformer,
     query_resampler,
     resampler,
     resize_image,
 )
-from tcjax.compressors import avg_pool, mlp, pixel_shuffle, qformer, resampler
 
 CATALOGUE = {
     "mlp": lambda num_queries: mlp.Config(num_queries=num_queries),

@@ -19,11 +19,11 @@ from tcjax.compressors import (
     mlp,
     per_frame,
     pixel_shuffle,
+    qformer,
     query_resampler,
     resampler,
     resize_image,
 )
-from tcjax.compressors import avg_pool, mlp, pixel_shuffle, qformer, resampler
 from tcjax.compressors.base import Context, Widths
 from tcjax.config import MeshConfig
 from tcjax.sharding import make_mesh, place

@@ -66,11 +66,10 @@ KEYS = {  # as published; a wrong name is only a warning to most loaders
 }
 
 
-BESIDE = {"resampler_video": "resampler", "query_resampler": "query_resampler_anywhere"}
+BESIDE = {"resampler_video": "resampler", "elastic": "resampler", "query_resampler": "query_resampler_anywhere"}
 
 
 def published_keys(case: str) -> str:
-    return KEYS[case] + (" " + KEYS["resampler"] if case in ("resampler_video", "elastic") else "")
     return KEYS[case] + (" " + KEYS[BESIDE[case]] if case in BESIDE else "")
 
 
