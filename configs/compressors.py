@@ -11,6 +11,7 @@ from tcjax.compressors import (
     idefics2_resampler,
     mlp,
     pixel_shuffle,
+    qformer,
     query_resampler,
     resampler,
     resize_image,
@@ -25,9 +26,12 @@ CATALOGUE = {
     "resize_image": lambda num_queries: resize_image.Config(num_queries=num_queries),
     "idefics2_resampler": lambda num_queries: idefics2_resampler.Config(num_queries=num_queries),
     "query_resampler": lambda num_queries: query_resampler.Config(num_queries=num_queries),
+    "qformer": lambda num_queries: qformer.Config(num_queries=num_queries),
+    "qformer_text": lambda num_queries: qformer.Config(num_queries=num_queries, text=True),  # InstructBLIP's
 }
 
 # The same families for the digit boards, whose tower is 96 wide and whose LLM is 128 wide.
+SMALL_BERT = {"depth": 2, "width": 128, "heads": 4, "feed_forward": 512, "cross_every": 1}
 BOARDS = CATALOGUE | {
     "resampler": lambda num_queries: resampler.Config(num_queries=num_queries, depth=2, heads=4, head_width=32),
     "idefics2_resampler": lambda num_queries: idefics2_resampler.Config(
@@ -36,6 +40,8 @@ BOARDS = CATALOGUE | {
     "query_resampler": lambda num_queries: query_resampler.Config(
         num_queries=num_queries, width=96, heads=4, kv_heads=2, head_width=32
     ),
+    "qformer": lambda num_queries: qformer.Config(num_queries=num_queries, **SMALL_BERT),
+    "qformer_text": lambda num_queries: qformer.Config(num_queries=num_queries, text=True, max_text=64, **SMALL_BERT),
 }
 
 

@@ -16,6 +16,7 @@ from tcjax.compressors import (
     mlp,
     per_frame,
     pixel_shuffle,
+    qformer,
     query_resampler,
     resampler,
 )
@@ -44,6 +45,10 @@ CASES = {
     ),
     "query_resampler_anywhere": query_resampler.Config(
         num_queries=4, width=6, heads=4, kv_heads=2, head_width=4, ff_mult=2, positions=False
+    ),
+    "qformer": qformer.Config(num_queries=3, depth=2, width=8, heads=2, feed_forward=16, max_queries=5),
+    "qformer_text": qformer.Config(
+        num_queries=5, depth=2, width=8, heads=2, feed_forward=16, cross_every=1, text=True, max_text=6
     ),
 }
 PROVENANCE = {"tower": {"name": "tiny", "weights": "0f" * 32}, "training": {"steps": 2180}}

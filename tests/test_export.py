@@ -24,6 +24,18 @@ IDEFICS2_LAYER = (
     "input_latents_norm input_context_norm post_attention_layernorm self_attn.q_proj self_attn.k_proj self_attn.v_proj "
     "self_attn.o_proj mlp.gate_proj mlp.up_proj mlp.down_proj"
 ).split()
+QFORMER = """attention.attention.query attention.attention.key attention.attention.value
+    attention.output.dense attention.output.LayerNorm
+    intermediate_query.dense output_query.dense output_query.LayerNorm"""
+CROSS = """crossattention.attention.query crossattention.attention.key crossattention.attention.value
+    crossattention.output.dense crossattention.output.LayerNorm"""
+
+
+def both(prefix: str, modules: str) -> str:
+    """Weight and bias of each."""
+    return " ".join(f"{prefix}{module}.{name}" for module in modules.split() for name in ("bias", "weight"))
+
+
 KEYS = {  # as published; a wrong name is only a warning to most loaders
     "mlp": "0.bias 0.weight 2.bias 2.weight",
     "avg_pool": "0.bias 0.weight 2.bias 2.weight",
@@ -45,14 +57,19 @@ KEYS = {  # as published; a wrong name is only a warning to most loaders
     "layers.{i}.0.norm_latents.bias layers.{i}.0.norm_latents.weight layers.{i}.0.norm_media.bias "
     "layers.{i}.0.norm_media.weight layers.{i}.0.to_kv.weight layers.{i}.0.to_out.weight layers.{i}.0.to_q.weight "
     "layers.{i}.1.0.bias layers.{i}.1.0.weight layers.{i}.1.1.weight layers.{i}.1.3.weight",
+    "qformer": f"query_tokens {both('', 'qformer.layernorm language_projection')} "
+    f"{both('qformer.encoder.layer.{i}.', QFORMER)} {both('qformer.encoder.layer.0.', CROSS)}",
+    "qformer_text": "query_tokens qformer.embeddings.position_embeddings.weight "
+    f"{both('', 'qformer.embeddings.layernorm language_projection text_proj')} "
+    f"{both('qformer.encoder.layer.{i}.', QFORMER + ' ' + CROSS)} "
+    f"{both('qformer.encoder.layer.{i}.', 'intermediate.dense output.dense output.LayerNorm')}",
 }
 
 
-BESIDE = {"resampler_video": "resampler", "query_resampler": "query_resampler_anywhere"}
+BESIDE = {"resampler_video": "resampler", "elastic": "resampler", "query_resampler": "query_resampler_anywhere"}
 
 
 def published_keys(case: str) -> str:
-    return KEYS[case] + (" " + KEYS["resampler"] if case in ("resampler_video", "elastic") else "")
     return KEYS[case] + (" " + KEYS[BESIDE[case]] if case in BESIDE else "")
 
 
