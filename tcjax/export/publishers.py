@@ -8,11 +8,12 @@ tensors' shapes and, where shapes cannot say it, from config.json.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-from tcjax.compressors import idefics2_resampler, mlp, pixel_shuffle, resampler
+from tcjax.compressors import idefics2_resampler, mlp, pixel_shuffle, qformer, resampler
 from tcjax.compressors.base import CompressorConfig
+from tcjax.interop.lavis import to_hugging_face
 from tcjax.interop.names import Shapes
 
 
@@ -25,18 +26,26 @@ class Found(NamedTuple):
 
 
 class Publisher(NamedTuple):
-    """fresh: patterns of the family's tensors that this publisher has not; they start as a new compressor's do."""
+    """without: patterns of tensors that another layout with the same marks has.
+
+    fresh: patterns of the family's tensors that this publisher has not; they start as a new compressor's do.
+    ignore: patterns of the publisher's tensors that the family has no use for.
+    """
 
     name: str
     family: str
     prefix: str
     marks: tuple[str, ...]
-    renames: tuple[tuple[str, str], ...]
+    renames: tuple[tuple[str, str], ...] | Callable[[Iterable[str]], dict[str, str]]
     infer: Callable[[Shapes, dict[str, Any]], Found]
+    without: tuple[str, ...] = ()
     fresh: tuple[str, ...] = ()
+    ignore: tuple[str, ...] = ()
 
-    def keys(self, names: Any) -> dict[str, str]:
+    def keys(self, names: Iterable[str]) -> dict[str, str]:
         """Name in the checkpoint -> the family's own, for everything behind the prefix."""
+        if callable(self.renames):
+            return self.renames(names)
         found = {}
         for name in names:
             inside = re.match(self.prefix, name)
@@ -47,9 +56,13 @@ class Publisher(NamedTuple):
                 found[name] = key
         return found
 
-    def is_in(self, names: Any) -> bool:
+    def is_in(self, names: Iterable[str]) -> bool:
         inside = {name[match.end() :] for name in names if (match := re.match(self.prefix, name))}
-        return all(any(re.fullmatch(mark, key) for key in inside) for mark in self.marks)
+
+        def has(mark: str) -> bool:
+            return any(re.fullmatch(mark, key) for key in inside)
+
+        return all(map(has, self.marks)) and not any(map(has, self.without))
 
 
 def number(shapes: Shapes, pattern: str) -> int:
@@ -126,6 +139,38 @@ def _openflamingo(shapes: Shapes, config: dict) -> Found:
     return Found(lambda N: found, C, None)
 
 
+def _qformer(shapes: Shapes, config: dict) -> Found:
+    block = config.get("qformer_config") or {}
+    only(block, "hidden_act", "gelu")
+    only(block, "layer_norm_eps", 1e-12)
+    _, Q, E = shape(shapes, "query_tokens", 3)
+    layer = r"qformer\.encoder\.layer\.(\d+)\."
+    depth, crossing = number(shapes, layer), number(shapes, layer + "crossattention")
+    positions = shapes.get("qformer.embeddings.position_embeddings.weight")
+    found = qformer.Config(
+        num_queries=Q,
+        depth=depth,
+        width=E,
+        heads=block.get("num_attention_heads", max(E // 64, 1)),
+        feed_forward=shape(shapes, "qformer.encoder.layer.0.intermediate_query.dense.weight", 2)[0],
+        cross_every=-(-depth // max(crossing, 1)),
+        text=positions is not None,
+        **({} if positions is None else {"max_text": positions[0]}),
+    )
+    C = shape(shapes, "qformer.encoder.layer.0.crossattention.attention.key.weight", 2)[1]
+    projection = shapes.get("language_projection.weight")
+    return Found(lambda N: found, C, None if projection is None else projection[0])
+
+
+def _lavis(names: Iterable[str]) -> dict[str, str]:
+    """Text embeddings beside a projection to an LLM are InstructBLIP's; the first stage has them and no LLM."""
+    names = list(names)
+    text = any(re.match(r"Qformer\.bert\.embeddings\.position_embeddings", name) for name in names)
+    text = text and any(re.match(r"(opt|t5|llm)_proj\.", name) for name in names)
+    renamed = to_hugging_face({name: name for name in names}, text=text)  # pyright: ignore[reportArgumentType]
+    return {old: new for new, old in renamed.compressor.items()}  # pyright: ignore[reportReturnType]
+
+
 PUBLISHERS = (
     Publisher(
         "LLaVA",
@@ -142,6 +187,7 @@ PUBLISHERS = (
         (r"linear_1\.weight", r"linear_2\.weight"),
         ((r"^linear_1\.", "0."), (r"^linear_2\.", "2.")),
         _mlp,
+        without=(r"layer_norm\.weight",),
     ),
     Publisher(
         "InternVL",
@@ -183,5 +229,24 @@ PUBLISHERS = (
         (),
         _openflamingo,
         fresh=(r"out_proj\.(weight|bias)",),
+    ),
+    Publisher(
+        "BLIP-2 or InstructBLIP in transformers",
+        "qformer",
+        r"(?:model\.)?(?=query_tokens$|qformer\.|language_projection\.)",
+        (r"query_tokens", r"qformer\.(embeddings\.)?layernorm\.weight"),
+        (),
+        _qformer,
+        fresh=(r"text_proj\.(weight|bias)",),
+        ignore=(r"qformer\.embeddings\.(position_ids|word_embeddings\.weight)",),  # words are embedded by the LLM,
+    ),
+    Publisher(
+        "BLIP-2 or InstructBLIP in LAVIS",
+        "qformer",
+        r"",
+        (r"query_tokens", r"Qformer\.bert\.embeddings\.LayerNorm\.weight"),
+        _lavis,
+        _qformer,
+        fresh=(r"text_proj\.(weight|bias)", r"language_projection\.(weight|bias)"),
     ),
 )

@@ -61,16 +61,17 @@ def import_artifact(
     if found.llm_D is None and not llm_D:
         raise ValueError(f"{source} ({publisher.name}) has no layer to an LLM; --llm-width says how wide it shall be.")
     grid_HW = grid_HW or _grid(checkpoint)
-    widths = Widths(grid_HW=grid_HW, vision_C=found.vision_C, llm_D=found.llm_D or llm_D)
+    D = found.llm_D or llm_D
+    widths = Widths(grid_HW=grid_HW, vision_C=found.vision_C, llm_D=D, text_D=D)
     config = found.config(widths.num_tokens)
     module = config.build(widths, nnx.Rngs(seed))
     table, shapes = config.names(widths), names.shapes(module)
     start = names.to_torch(names.flatten(module), table)
     read = {keys[name]: _float32(array) for name, array in checkpoint.read(keys).items()}
     fresh = [key for key in start if key not in read and any(re.fullmatch(p, key) for p in publisher.fresh)]
-    arrays = names.from_torch(read | {key: start[key] for key in fresh}, table, shapes)
+    arrays = names.from_torch(read | {key: start[key] for key in fresh}, table, shapes, ignore=publisher.ignore)
     names.assign(module, arrays)
-    share = sum(array.size for array in read.values()) / sum(array.size for array in start.values())
+    share = 1 - sum(start[key].size for key in fresh) / sum(array.size for array in start.values())
     origin = {
         "imported_from": str(Path(source).resolve().name),
         "layout": publisher.name,
@@ -104,16 +105,20 @@ def _publisher(checkpoint: Checkpoint, family: str) -> Publisher:
 
 def _grid(checkpoint: Checkpoint) -> tuple[int, int]:
     """The tower's token grid as config.json has it: sizes, or a CLIP's or SigLIP's name with both numbers in it."""
-    vision = checkpoint.config.get("vision_config") or {}
-    size, patch = vision.get("image_size"), vision.get("patch_size")
+    vision: dict[str, Any] = checkpoint.config.get("vision_config") or {}
+    sides, patches = _two(vision.get("image_size")), _two(vision.get("patch_size"))
     name = re.search(r"patch(\d+)-(\d+)", str(checkpoint.config.get("mm_vision_tower", "")))
     if name:
-        patch, size = int(name[1]), int(name[2])
-    sides = size if isinstance(size, list) else [size, size]
-    patches = patch if isinstance(patch, list) else [patch, patch]
-    if all(isinstance(number, int) and number > 0 for number in (*sides, *patches)):
+        patches, sides = _two(int(name[1])), _two(int(name[2]))
+    if min(*sides, *patches) > 0:
         return sides[0] // patches[0], sides[1] // patches[1]
     raise ValueError(f"{checkpoint.source} does not say the tower's token grid; give it: --grid 24x24.")
+
+
+def _two(value: Any) -> tuple[int, int]:
+    """A size or a pair of them; (0, 0) for anything else."""
+    pair = tuple(value) if isinstance(value, list) else (value, value)
+    return pair if len(pair) == 2 and all(isinstance(side, int) for side in pair) else (0, 0)
 
 
 def _named(config: dict[str, Any], *fields: str) -> Any:

@@ -42,7 +42,7 @@ def save_onnx(artifact: Path, path: Path, *, any_num_tokens: bool) -> list[dict]
         assert program is not None
         program.save(str(path), external_data=False)
     try:
-        import onnxruntime
+        import onnxruntime  # pyright: ignore[reportMissingImports]  an extra
     except ImportError:
         return []
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
