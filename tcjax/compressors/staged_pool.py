@@ -159,7 +159,7 @@ class _Block(nnx.Module):
         self.norm = LayerNorm("C", C, eps=_EPS)
         self.ff_in = dense("CF", C, F, init=small_normal, rngs=rngs)
         self.ff_out = dense("FC", F, C, init=small_normal, rngs=rngs)
-        self.layer_scale = nnx.Param(jnp.full((C,), _LAYER_SCALE), axes="C")
+        self.layer_scale = nnx.Param(jnp.full((C,), _LAYER_SCALE, jnp.float32), axes="C")
 
     def __call__(self, tokens_BNC: jax.Array, grid_HW: tuple[int, int]) -> jax.Array:
         B, N, C = tokens_BNC.shape
