@@ -10,22 +10,11 @@ import pytest
 from flax import nnx
 
 from configs.compressors import BOARDS, CATALOGUE
-from tcjax.compressors import (
-    avg_pool,
-    gemma3_pool,
-    matryoshka_pool,
-    max_pool,
-    mlp,
-    patch_merger,
-    pixel_shuffle,
-    random_tokens,
-    resampler,
-    staged_pool,
-    stride_tokens,
-)
+from tcjax.compressors import avg_pool, mlp, pixel_shuffle, resampler
 from tcjax.compressors.base import Context, Widths
 from tcjax.config import MeshConfig
 from tcjax.sharding import make_mesh, place
+from tests import pool_cases
 from tests.planted import leaves, noise, plant
 
 WIDTHS = Widths(grid_HW=(4, 6), vision_C=12, llm_D=16, text_D=10, levels=2)
@@ -36,31 +25,15 @@ CASES = {  # name: (tiny config, Q, vdot(tokens, noise) with planted weights)
     "mlp_3_layers": (mlp.Config(num_queries=24, depth=3), 24, 7.90116),
     "avg_pool": (avg_pool.Config(num_queries=9), 9, -2.42293),  # bins overlap: 4 rows -> 3
     "avg_pool_shaped": (avg_pool.Config(num_queries=6, shape=(2, 3)), 6, 3.96526),
-    "avg_pool_after_mlp": (avg_pool.Config(num_queries=9, order="mlp, then pool", depth=3), 9, 4.00457),
-    "max_pool": (max_pool.Config(num_queries=9), 9, -23.022),  # overlapping bins
-    "max_pool_shaped": (max_pool.Config(num_queries=12, shape=(4, 3)), 12, -2.91923),  # whole windows
-    "max_pool_after_mlp": (max_pool.Config(num_queries=12, shape=(2, 6), order="mlp, then pool"), 12, 45.09529),
-    "staged_pool": (staged_pool.Config(num_queries=9, kernel=3, expand=2), 9, -5.4535),
-    "staged_pool_shaped": (staged_pool.Config(num_queries=6, shapes=((4, 3), (2, 3)), kernel=3, expand=2), 6, 4.60607),
-    "gemma3_pool": (gemma3_pool.Config(num_queries=24), 24, 115.40291),
-    "matryoshka_pool": (matryoshka_pool.Config(num_queries=24), 24, -25.53666),
-    "matryoshka_pool_two": (matryoshka_pool.Config(num_queries=24, scales=(6, 24), depth=1), 24, 60.47081),
-    "random_tokens": (random_tokens.Config(num_queries=5), 5, 2.117),
-    "stride_tokens": (stride_tokens.Config(num_queries=9), 9, 5.29342),
-    "first_tokens": (stride_tokens.Config(num_queries=7, mode="first"), 7, -13.55064),
     "pixel_shuffle": (pixel_shuffle.Config(num_queries=6), 6, 1.5206),
     "pixel_shuffle_mlp": (pixel_shuffle.Config(num_queries=6, head="mlp"), 6, 19.27796),
-    "pixel_shuffle_v1": (pixel_shuffle.Config(num_queries=6, head="mlp", token_order="column by column"), 6, 22.58442),
-    "patch_merger": (patch_merger.Config(num_queries=6), 6, -4.76229),
-    "patch_merger_rms": (patch_merger.Config(num_queries=6, form="qwen2_5_vl"), 6, -1.60915),
-    "patch_merger_wide": (patch_merger.Config(num_queries=6, form="qwen3_vl_deepstack"), 6, -4.73806),
-    "patch_merger_mistral": (patch_merger.Config(num_queries=6, form="mistral3"), 6, -15.61424),
     "resampler": (resampler.Config(num_queries=5, **TINY), 5, 1.06527),
     "resampler_prefix": (resampler.Config(num_queries=3, max_queries=5, **TINY), 3, -8.71471),
     "resampler_video": (resampler.Config(num_queries=4, max_frames=3, media=1, max_media=2, **TINY), 4, -5.74115),
 }
-SELECTING = {"random_tokens", "stride_tokens"}  # they leave most tokens unread on purpose
-FEWER = {"avg_pool": 4, "max_pool": 4, "staged_pool": 4, "gemma3_pool": 6, "matryoshka_pool": 6, "stride_tokens": 4}  # of a family whose cases cannot give 2
+CASES |= pool_cases.CASES
+SELECTING = pool_cases.SELECTING  # they leave most tokens unread on purpose
+FEWER = {"avg_pool": 4} | pool_cases.FEWER  # of a family whose cases cannot give 2
 PADDED = np.arange(24) % 6 >= 4  # the two right columns of the 4 x 6 grid ...
 EMPTY_ROW = np.arange(24) < 12  # ... or the upper half, or everything
 VALID_BN = np.stack([~PADDED, ~EMPTY_ROW, np.zeros(24, bool)])
@@ -309,27 +282,9 @@ IMPOSSIBLE = {  # name: (config, what the message must say)
     ),
     "avg_pool_grid": (avg_pool.Config(num_queries=10, shape=(5, 2)), r"shape=\(5, 2\) .* \(1, 1\) to \(4, 6\)"),
     "pixel_shuffle": (pixel_shuffle.Config(num_queries=8), r"num_queries=8 .*; possible: \[6, 24\]"),
-    "max_pool": (max_pool.Config(num_queries=6), r"num_queries=6 .*shape=\(h, w\).* possible: \[1, 4, 9, 16\]"),
-    "staged_pool": (staged_pool.Config(num_queries=6), r"num_queries=6 .*; possible: \[1, 4, 9, 16\]"),
-    "staged_pool_last": (
-        staged_pool.Config(num_queries=4, shapes=((4, 3), (2, 3))),
-        r"shape=\(2, 3\) has 6 tokens, num_queries=4",
-    ),
-    "staged_pool_growing": (
-        staged_pool.Config(num_queries=6, shapes=((2, 2), (2, 3))),
-        r"\(2, 3\) is no pooling of \(2, 2\)",
-    ),
-    "staged_pool_none": (staged_pool.Config(stages=0), "stages=0: .* at least 1"),
-    "staged_pool_empty": (staged_pool.Config(shapes=()), "at least 1 stage"),
-    "gemma3_pool": (gemma3_pool.Config(num_queries=9), r"num_queries=9 is not a whole k x k .*; possible: \[6, 24\]"),
-    "matryoshka_scale": (matryoshka_pool.Config(num_queries=24, scales=(9, 24)), r"=9 is not .*; possible: \[6, 24\]"),
-    "matryoshka_pool": (matryoshka_pool.Config(num_queries=6, scales=(1, 24)), r"none of the scales.*\[1, 24\]"),
-    "patch_merger": (patch_merger.Config(num_queries=8), r"num_queries=8 .*; possible: \[6, 24\]"),
-    "random_tokens": (random_tokens.Config(num_queries=25), "num_queries=25: must be from 1 up to .* 24 tokens"),
-    "stride_tokens": (stride_tokens.Config(num_queries=6), r"num_queries=6 .*; possible: \[1, 4, 9, 16\]"),
-    "first_tokens": (stride_tokens.Config(num_queries=0, mode="first"), "num_queries=0: must be from 1"),
     "resampler": (resampler.Config(num_queries=0), r"num_queries=0: .* from 1 up"),
 }
+IMPOSSIBLE |= pool_cases.IMPOSSIBLE
 
 
 @pytest.mark.parametrize("name", IMPOSSIBLE)
@@ -345,17 +300,9 @@ def test_impossible_num_queries_name_the_possible_ones(name):
     ("config", "message"),
     [
         (pixel_shuffle.Config(num_queries=6, head="conv"), r"head='conv' .*\['linear', 'mlp'\]"),
-        (pixel_shuffle.Config(num_queries=6, token_order="v1"), r"token_order='v1' .*'column by column'"),
-        (patch_merger.Config(num_queries=6, form="qwen"), r"form='qwen' .*\['qwen2_vl', 'qwen2_5_vl'"),
-        (avg_pool.Config(num_queries=4, order="mlp"), r"order='mlp' .*\['pool, then mlp', 'mlp, then pool'\]"),
-        (max_pool.Config(num_queries=4, order="mlp"), r"order='mlp' .*\['pool, then mlp', 'mlp, then pool'\]"),
-        (avg_pool.Config(num_queries=4, depth=0), "depth=0: tokens of width 12 .* the LLM's width 16"),
-        (max_pool.Config(num_queries=4, depth=-1), "depth=-1: .* at least 1 linear layer"),
-        (stride_tokens.Config(num_queries=4, mode="last"), r"mode='last' .*\['grid', 'first'\]"),
-        (random_tokens.Config(num_queries=4, seed=-1), "seed=-1: must be from 0"),
-        (staged_pool.Config(num_queries=4, kernel=2), "kernel=2.* must be odd"),
         (mlp.Config(depth=0), "depth=0: .* at least 1"),
         (resampler.Config(heads=0), "heads=0: .* at least 1"),
+        *pool_cases.IMPOSSIBLE_CHOICES,
     ],
 )
 def test_other_impossible_choices_are_named(config, message):

@@ -72,7 +72,7 @@ class Config(CompressorConfig):
         H, W = one_image(widths)
         if scale == 1:
             return 1, 1
-        k = merge_factor(scale, widths, "a whole k x k pooling (1 is always one)")
+        k = merge_factor(scale, widths, "a whole k x k pooling, as every scale must be (1 always is),")
         return H // k, W // k
 
     def build(self, widths: Widths, rngs: nnx.Rngs) -> MatryoshkaPool:
