@@ -2,7 +2,7 @@
 
     y_q = (1 + w) mean(x_n : n in block q) / rms(mean)  W           Q = N / k^2
 
-Source: Gemma Team 2025, "Gemma 3 Technical Report"; `Gemma3MultiModalProjector` in transformers. eps 1e-6 is SigLIP's;
+Source: Kamath et al. 2025, "Gemma 3 Technical Report"; `Gemma3MultiModalProjector` in transformers. eps 1e-6 is SigLIP's;
 no bias, no activation; W is stored as it is multiplied, [C, D].
 Departures: transformers fills W with 0, a place for the checkpoint; here it starts as N(0, 1 / C). Rectangular grids.
 With padding the mean is over the block's valid tokens; a block without any is an invalid output.
