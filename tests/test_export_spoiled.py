@@ -92,7 +92,14 @@ SPOILED_CONFIG = {
         {"channel_order": "channel, row, column"},
         r"load: .*'channel, row, column'",
     ),
-    "another place of the pool": ("avg_pool", {"order": "mlp, then pool"}, r"load: .*'mlp, then pool'"),
+    "another place of the pool": ("avg_pool", {"order": "mlp, then pool"}, r"parity: plain: off by"),
+    "an unknown place of the pool": ("avg_pool", {"order": "mlp"}, r"load: .*'mlp'"),
+    "another merge order in the merger": ("mistral3", {"channel_order": "row, column, channel"}, r"plain: off by"),
+    "blocks column by column": ("pixel_shuffle_mlp", {"output_order": "column by column"}, r"plain: off by"),
+    "eps in the merger": ("qwen2_5_vl", {"norm_eps": 1e-5}, r"parity: faint: off by"),
+    "another draw": ("random_tokens", {"seed": 4}, r"parity: plain: off by"),
+    "another lattice": ("stride_tokens", {"mode": "first"}, r"parity: plain: off by"),
+    "another stage": ("staged_pool", {"stages": [[4, 6], [4, 4], [3, 3]]}, r"parity: plain: off by"),
     "another family": ("avg_pool", {"family": "mlp"}, r"load: .*'avg_pool', the config is of 'mlp'"),
 }
 SPOILED_CODE = {
@@ -127,6 +134,19 @@ SPOILED_CODE = {
         ".repeat_interleave(self.shared_by, dim=1)",
         ".repeat(1, self.shared_by, 1, 1)",
         r"parity: plain: off by",
+    ),
+    "padding wins": ("max_pool", 'float("-inf")', "0.0", r"parity: masked: off by"),
+    "the norm's bias is read": (
+        "qwen2_vl",
+        '"token").masked_fill(~keep, 0)',
+        '"token")',
+        r"parity: masked: off by",
+    ),
+    "the mlp's bias is averaged": (
+        "matryoshka_pool",
+        "masked_fill(~keep, 0)).masked_fill(~keep, 0)",
+        "masked_fill(~keep, 0))",
+        r"parity: masked: off by",
     ),
     "queries in another order": (
         "resampler",
