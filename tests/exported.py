@@ -8,7 +8,7 @@ from pathlib import Path
 
 from flax import nnx
 
-from tcjax.compressors import avg_pool, mlp, pixel_shuffle, resampler
+from tcjax.compressors import avg_pool, learned_merge, mlp, pixel_shuffle, query_merge, resampler, token_learner
 from tcjax.compressors.base import Widths
 from tcjax.export.artifact import export
 from tests.planted import plant
@@ -23,6 +23,12 @@ CASES = {
     "resampler_video": resampler.Config(
         num_queries=3, depth=2, heads=2, head_width=4, ff_mult=2, max_queries=5, max_frames=2, max_media=3
     ),
+    "learned_merge": learned_merge.Config(num_queries=5, scorer=8, merger=6, metric=4),
+    "learned_merge_told": learned_merge.Config(num_queries=5, scorer=8, merger=6, metric=4, text=True, prior=True),
+    "learned_merge_literal": learned_merge.Config(num_queries=20, scorer=8, literal=True),
+    "query_merge": query_merge.Config(num_queries=3, inner=6, max_queries=5),
+    "query_merge_literal": query_merge.Config(num_queries=5, inner=6, literal=True),
+    "token_learner": token_learner.Config(num_queries=5, hidden=6),
 }
 PROVENANCE = {"tower": {"name": "tiny", "weights": "0f" * 32}, "training": {"steps": 2180}}
 ROWS = [{"num_queries": 6, "accuracy": 0.51234}, {"num_queries": 24, "accuracy": 0.75, "seed": 1}]

@@ -25,6 +25,22 @@ KEYS = {  # as published; a wrong name is only a warning to most loaders
     "avg_pool": "0.bias 0.weight 2.bias 2.weight",
     "pixel_shuffle": "modality_projection.proj.weight",
     "pixel_shuffle_mlp": "mlp1.0.bias mlp1.0.weight mlp1.1.bias mlp1.1.weight mlp1.3.bias mlp1.3.weight",
+    "learned_merge": "importance_network.local.bias importance_network.local.weight importance_network.mixed.bias "
+    "importance_network.mixed.weight importance_network.norm.bias importance_network.norm.weight "
+    "importance_network.overall.weight importance_network.score.weight merger_network.back.weight "
+    "merger_network.dropped.weight merger_network.kept.bias merger_network.kept.weight metric.weight "
+    "out.0.bias out.0.weight out.2.bias out.2.weight",
+    "learned_merge_told": "importance_network.text_norm.bias importance_network.text_norm.weight "
+    "importance_network.text_query.weight importance_network.token_key.weight importance_network.trust",  # beside those
+    "learned_merge_literal": "importance_network.0.bias importance_network.0.weight importance_network.2.bias "
+    "importance_network.2.weight merger_network.0.bias merger_network.0.weight merger_network.2.bias "
+    "merger_network.2.weight out.0.bias out.0.weight out.2.bias out.2.weight",
+    "query_merge": "norm.bias norm.weight out.0.bias out.0.weight out.2.bias out.2.weight relevance.key.weight "
+    "relevance.norm.bias relevance.norm.weight relevance.query.weight slot_key.weight slots",
+    "query_merge_literal": "norm.bias norm.weight out.0.bias out.0.weight out.2.bias out.2.weight "
+    "relevance.query.weight slot_key.weight slots",
+    "token_learner": "LayerNorm_0.bias LayerNorm_0.weight out.0.bias out.0.weight out.2.bias out.2.weight "
+    "token_masking.Dense_0.bias token_masking.Dense_0.weight token_masking.Dense_1.weight",
     "resampler_video": "frame_embs media_time_embs",  # beside the resampler's
     "resampler": "latents norm.bias norm.weight out_proj.bias out_proj.weight "
     "layers.{i}.0.norm_latents.bias layers.{i}.0.norm_latents.weight layers.{i}.0.norm_media.bias "
@@ -34,7 +50,8 @@ KEYS = {  # as published; a wrong name is only a warning to most loaders
 
 
 def published_keys(case: str) -> str:
-    return KEYS[case] + (" " + KEYS["resampler"] if case == "resampler_video" else "")
+    beside = {"resampler_video": "resampler", "learned_merge_told": "learned_merge"}
+    return f"{KEYS[case]} {KEYS[beside[case]]}" if case in beside else KEYS[case]
 
 
 @pytest.mark.parametrize("case", CASES)
