@@ -81,6 +81,8 @@ SPOILED_CONFIG = {
         r"load: .*'channel, row, column'",
     ),
     "another place of the pool": ("avg_pool", {"order": "mlp, then pool"}, r"load: .*'mlp, then pool'"),
+    "other temperature of the shares": ("learned_merge", {"temperature": 0.2}, r"parity: plain: off by"),
+    "exact GELU in the maps": ("token_learner", {"activation": "gelu"}, r"parity: plain: off by"),
     "another family": ("avg_pool", {"family": "mlp"}, r"load: .*'avg_pool', the config is of 'mlp'"),
 }
 SPOILED_CODE = {
@@ -92,6 +94,24 @@ SPOILED_CODE = {
     ),
     "padding is attended to": ("resampler", "torch.cat([valid,", "torch.cat([valid | True,", r"parity: masked: off by"),
     "an empty bin is valid": ("avg_pool", "some = share > 0", "some = share >= 0", r"parity: masked: other outputs"),
+    "kept in order of score": (
+        "learned_merge",
+        "keepdim=True), length).sort(dim=-1).values",
+        "keepdim=True), length)",
+        r"parity: masked: other outputs|parity: plain: off by",
+    ),
+    "dropped tokens add nothing": (
+        "learned_merge",
+        "kept = kept + self.merge(",
+        "kept = kept + 0 * self.merge(",
+        r"parity: plain: off by",
+    ),
+    "padded text is read": (
+        "query_merge",
+        "text.masked_fill(~text_valid[..., None], 0)",
+        "text",
+        r"parity: plain: output is not finite",
+    ),
     "queries in another order": (
         "resampler",
         "latents = self.norm_latents(latents)",
