@@ -22,10 +22,10 @@ after another, finds the most similar kept token by cosine and overwrites it by 
 comparison only. Its importance network never learns (scores only choose, they multiply nothing), its result depends on
 the order of the tokens, overwriting shrinks norms, and its N steps are sequential.
 
-Sources: soft top-k and noise-free evaluation after VisionSelector; local and global halves after DynamicViT (Rao et al.
-2021); the decoupled metric after DTEM (Lee and Hong 2024). Ours: the residual order-free merge, W (C -> D), and the
-hidden layer behind W_l and W_g: a global term added to s itself would cancel, in top-k as in sum p = Q.
-Cost: N C (E + F + A) + 2 N Q (A + F) + Q C F + Q (C D + D^2) multiplications, E, F, A = scorer, merger, metric.
+Sources: the soft top-k of VisionSelector; local and global halves and Gumbel noise as in DynamicViT (2021);
+the decoupled metric of DTEM (2024). Ours, with no published counterpart: the residual order-free merge, W (C -> D), the
+hidden layer behind W_l and W_g. A global term added to s itself would cancel, in top-k as in sum p = Q.
+Cost, E, F, A = scorer, merger, metric: N C (E + F + A) + N E^2 + N Q (A + F) + 2 Q C F + Q (C D + D^2) multiplications.
 """
 
 from __future__ import annotations
