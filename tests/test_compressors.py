@@ -32,7 +32,7 @@ CASES = {  # name: (tiny config, Q, vdot(tokens, noise) with planted weights)
     "resampler_video": (resampler.Config(num_queries=4, max_frames=3, media=1, max_media=2, **TINY), 4, -5.74115),
     "learned_merge": (learned_merge.Config(num_queries=7, **APART), 7, -4.83617),
     "learned_merge_told": (learned_merge.Config(num_queries=6, text=True, prior=True, **APART), 6, -4.03389),
-    "learned_merge_literal": (learned_merge.Config(num_queries=14, scorer=8, literal=True), 14, -21.90697),
+    "learned_merge_literal": (learned_merge.Config(num_queries=14, scorer=8, literal=True), 14, -16.62408),
     "query_merge": (query_merge.Config(num_queries=5, inner=6), 5, 4.27462),
     "query_merge_prefix": (query_merge.Config(num_queries=3, max_queries=5, inner=6), 3, 1.3034),
     "query_merge_literal": (query_merge.Config(num_queries=5, inner=6, literal=True), 5, 2.58572),
