@@ -1,7 +1,7 @@
 """The catalogue of compressors: name -> config for a number of LLM tokens, everything else at its published default.
 
 `mlp` does not compress: it answers only to the tower's full number of tokens. Adding a compressor: one file in
-tcjax/compressors, one line here, one row in tests/test_compressors.py.
+tcjax/compressors, one line here, one row in tests/compressor_cases.py.
 """
 
 from tcjax.compressors import (
@@ -10,18 +10,21 @@ from tcjax.compressors import (
     elastic,
     gemma3_pool,
     idefics2_resampler,
+    learned_merge,
     matryoshka_pool,
     max_pool,
     mlp,
     patch_merger,
     pixel_shuffle,
     qformer,
+    query_merge,
     query_resampler,
     random_tokens,
     resampler,
     resize_image,
     staged_pool,
     stride_tokens,
+    token_learner,
 )
 
 CATALOGUE = {
@@ -47,7 +50,13 @@ CATALOGUE = {
     "random_tokens": lambda num_queries: random_tokens.Config(num_queries=num_queries),
     "stride_tokens": lambda num_queries: stride_tokens.Config(num_queries=num_queries),
     "first_tokens": lambda num_queries: stride_tokens.Config(num_queries=num_queries, mode="first"),
+    "learned_merge": lambda num_queries: learned_merge.Config(num_queries=num_queries),
+    "learned_merge_text": lambda num_queries: learned_merge.Config(num_queries=num_queries, text=True),
+    "query_merge": lambda num_queries: query_merge.Config(num_queries=num_queries),
+    "token_learner": lambda num_queries: token_learner.Config(num_queries=num_queries),
 }
+
+_MERGE = {"scorer": 64, "merger": 64, "metric": 32}
 
 # The same families for the digit boards, whose tower is 96 wide and whose LLM is 128 wide.
 SMALL_BERT = {"depth": 2, "width": 128, "heads": 4, "feed_forward": 512, "cross_every": 1}
@@ -61,6 +70,9 @@ BOARDS = CATALOGUE | {
     ),
     "qformer": lambda num_queries: qformer.Config(num_queries=num_queries, **SMALL_BERT),
     "qformer_text": lambda num_queries: qformer.Config(num_queries=num_queries, text=True, max_text=64, **SMALL_BERT),
+    "learned_merge": lambda num_queries: learned_merge.Config(num_queries=num_queries, **_MERGE),
+    "learned_merge_text": lambda num_queries: learned_merge.Config(num_queries=num_queries, text=True, **_MERGE),
+    "query_merge": lambda num_queries: query_merge.Config(num_queries=num_queries, inner=64),
 }
 
 
@@ -72,6 +84,7 @@ def wrapped(catalogue: dict) -> dict:
             parts=(
                 catalogue["avg_pool"](16 * num_queries),
                 catalogue["resampler"](4 * num_queries),
+                catalogue["learned_merge"](num_queries),
             )
         ),
     }

@@ -14,6 +14,7 @@ from tcjax.compressors import (
     elastic,
     gemma3_pool,
     idefics2_resampler,
+    learned_merge,
     matryoshka_pool,
     max_pool,
     mlp,
@@ -21,11 +22,13 @@ from tcjax.compressors import (
     per_frame,
     pixel_shuffle,
     qformer,
+    query_merge,
     query_resampler,
     random_tokens,
     resampler,
     staged_pool,
     stride_tokens,
+    token_learner,
 )
 from tcjax.compressors.base import Widths
 from tcjax.export.artifact import export
@@ -72,6 +75,12 @@ CASES = {
     "qformer_text": qformer.Config(
         num_queries=5, depth=2, width=8, heads=2, feed_forward=16, cross_every=1, text=True, max_text=6
     ),
+    "learned_merge": learned_merge.Config(num_queries=5, scorer=8, merger=6, metric=4),
+    "learned_merge_told": learned_merge.Config(num_queries=5, scorer=8, merger=6, metric=4, text=True, prior=True),
+    "learned_merge_literal": learned_merge.Config(num_queries=20, scorer=8, literal=True),
+    "query_merge": query_merge.Config(num_queries=3, inner=6, max_queries=5),
+    "query_merge_literal": query_merge.Config(num_queries=5, inner=6, literal=True),
+    "token_learner": token_learner.Config(num_queries=5, hidden=6),
 }
 PROVENANCE = {"tower": {"name": "tiny", "weights": "0f" * 32}, "training": {"steps": 2180}}
 ROWS = [{"num_queries": 6, "accuracy": 0.51234}, {"num_queries": 24, "accuracy": 0.75, "seed": 1}]

@@ -62,6 +62,22 @@ KEYS = {  # as published; a wrong name is only a warning to most loaders
     "qwen3_vl": "linear_fc1.bias linear_fc1.weight linear_fc2.bias linear_fc2.weight norm.bias norm.weight",
     "qwen3_vl_deepstack": "linear_fc1.bias linear_fc1.weight linear_fc2.bias linear_fc2.weight norm.bias norm.weight",
     "mistral3": "linear_1.weight linear_2.weight norm.weight patch_merger.merging_layer.weight",
+    "learned_merge": "importance_network.local.bias importance_network.local.weight importance_network.mixed.bias "
+    "importance_network.mixed.weight importance_network.norm.bias importance_network.norm.weight "
+    "importance_network.overall.weight importance_network.score.weight merger_network.back.weight "
+    "merger_network.dropped.weight merger_network.kept.bias merger_network.kept.weight metric.weight "
+    "out.0.bias out.0.weight out.2.bias out.2.weight",
+    "learned_merge_told": "importance_network.text_norm.bias importance_network.text_norm.weight "
+    "importance_network.text_query.weight importance_network.token_key.weight importance_network.trust",  # beside those
+    "learned_merge_literal": "importance_network.0.bias importance_network.0.weight importance_network.2.bias "
+    "importance_network.2.weight merger_network.0.bias merger_network.0.weight merger_network.2.bias "
+    "merger_network.2.weight out.0.bias out.0.weight out.2.bias out.2.weight",
+    "query_merge": "norm.bias norm.weight out.0.bias out.0.weight out.2.bias out.2.weight relevance.key.weight "
+    "relevance.norm.bias relevance.norm.weight relevance.query.weight slot_key.weight slots",
+    "query_merge_literal": "norm.bias norm.weight out.0.bias out.0.weight out.2.bias out.2.weight "
+    "relevance.query.weight slot_key.weight slots",
+    "token_learner": "LayerNorm_0.bias LayerNorm_0.weight out.0.bias out.0.weight out.2.bias out.2.weight "
+    "token_masking.Dense_0.bias token_masking.Dense_0.weight token_masking.Dense_1.weight",
     "resampler_video": "frame_embs media_time_embs",  # beside the resampler's
     "idefics2_resampler": "modality_projection.gate_proj.weight modality_projection.up_proj.weight "
     "modality_projection.down_proj.weight perceiver_resampler.latents perceiver_resampler.norm.weight "
@@ -84,7 +100,12 @@ KEYS = {  # as published; a wrong name is only a warning to most loaders
 }
 
 
-BESIDE = {"resampler_video": "resampler", "elastic": "resampler", "query_resampler": "query_resampler_anywhere"}
+BESIDE = {
+    "resampler_video": "resampler",
+    "elastic": "resampler",
+    "query_resampler": "query_resampler_anywhere",
+    "learned_merge_told": "learned_merge",
+}
 
 
 def published_keys(case: str) -> str:

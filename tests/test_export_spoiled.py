@@ -100,6 +100,9 @@ SPOILED_CONFIG = {
     "another draw": ("random_tokens", {"seed": 4}, r"parity: plain: off by"),
     "another lattice": ("stride_tokens", {"mode": "first"}, r"parity: plain: off by"),
     "another stage": ("staged_pool", {"stages": [[4, 6], [4, 4], [3, 3]]}, r"parity: plain: off by"),
+    "another place of the pool": ("avg_pool", {"order": "mlp, then pool"}, r"load: .*'mlp, then pool'"),
+    "other temperature of the shares": ("learned_merge", {"temperature": 0.2}, r"parity: plain: off by"),
+    "exact GELU in the maps": ("token_learner", {"activation": "gelu"}, r"parity: plain: off by"),
     "another family": ("avg_pool", {"family": "mlp"}, r"load: .*'avg_pool', the config is of 'mlp'"),
 }
 SPOILED_CODE = {
@@ -147,6 +150,23 @@ SPOILED_CODE = {
         "masked_fill(~keep, 0)).masked_fill(~keep, 0)",
         "masked_fill(~keep, 0))",
         r"parity: masked: off by",
+    "kept in order of score": (
+        "learned_merge",
+        "keepdim=True), length).sort(dim=-1).values",
+        "keepdim=True), length)",
+        r"parity: masked: other outputs|parity: plain: off by",
+    ),
+    "dropped tokens add nothing": (
+        "learned_merge",
+        "kept = kept + self.merge(",
+        "kept = kept + 0 * self.merge(",
+        r"parity: plain: off by",
+    ),
+    "padded text is read": (
+        "query_merge",
+        "text.masked_fill(~text_valid[..., None], 0)",
+        "text",
+        r"parity: plain: output is not finite",
     ),
     "queries in another order": (
         "resampler",

@@ -81,3 +81,9 @@ def space_to_depth(
     blocks = (3, 1) if by_columns else (1, 3)
     inside = (5, 2, 4) if channels_first else (2, 4, 5)
     return split.transpose(0, *blocks, *inside).reshape(B, (H // s) * (W // s), s * s * C)
+
+
+def masked_mean(x_BMD: jax.Array, valid_BM: jax.Array) -> jax.Array:
+    """Over the valid positions; 0 where there is none."""
+    sum_BD = jnp.where(valid_BM[..., None], x_BMD, 0).sum(1)
+    return sum_BD / jnp.maximum(valid_BM.sum(1), 1)[:, None]
