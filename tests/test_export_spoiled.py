@@ -150,6 +150,7 @@ SPOILED_CODE = {
         "masked_fill(~keep, 0)).masked_fill(~keep, 0)",
         "masked_fill(~keep, 0))",
         r"parity: masked: off by",
+    ),
     "kept in order of score": (
         "learned_merge",
         "keepdim=True), length).sort(dim=-1).values",

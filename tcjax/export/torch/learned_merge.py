@@ -84,7 +84,7 @@ class Compressor(nn.Module):
         hidden = self.merger_network(kept, tokens, goes)
         weights = functional.one_hot(goes, kept.shape[1]).to(tokens.dtype) * mass[..., None]  # [B, N, Q]
         mean = weights.transpose(1, 2) @ hidden / (1 + weights.sum(1)[..., None])
-        return self.merger_network.back(mean)
+        return self.merger_network.get_submodule("back")(mean)
 
     def overwrite(self, kept: torch.Tensor, slot: torch.Tensor, tokens: torch.Tensor, lost: torch.Tensor):
         """One dropped token after another: an MLP of both takes the place of the kept token it is most like."""
