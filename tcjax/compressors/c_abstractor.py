@@ -139,21 +139,20 @@ class CAbstractor(Compressor):
 
     def __call__(self, tokens_BNC: jax.Array, context: Context = Context()) -> Compressed:
         check_grid(tokens_BNC, self.widths)
-        (B, _, C), (H, W), (height, width) = tokens_BNC.shape, self.widths.grid_HW, self.pooled
-        pool_QN = averaging_grid((H, W), self.pooled)
+        pool_QN = averaging_grid(self.widths.grid_HW, self.pooled)
         x_BNC = visible(tokens_BNC, context)
         if self.prenorm is not None:
             x_BNC = self.prenorm(x_BNC)
         if self.pos is not None:
             x_BNC = x_BNC + self.pos[...]
         if self.before is not None:
-            x_BNC = self.before(x_BNC, context.valid_BN, (H, W))
+            x_BNC = self.before(x_BNC, context.valid_BN, self.widths.grid_HW)
         x_BQC, valid_BQ = bin_means(pool_QN, masked(x_BNC, context.valid_BN), context.valid_BN)
         if self.after is not None:
-            x_BQC = self.after(x_BQC, valid_BQ, (height, width))
-        for k, linear in enumerate(self.readout):
-            x_BQC = linear(_silu(x_BQC) if k else x_BQC)
-        assign_BQN = jnp.broadcast_to(pool_QN, (B, *pool_QN.shape)) if context.assign else None
+            x_BQC = self.after(x_BQC, valid_BQ, self.pooled)
+        for k, layer in enumerate(self.readout):
+            x_BQC = layer(_silu(x_BQC) if k else x_BQC)
+        assign_BQN = jnp.broadcast_to(pool_QN, (len(tokens_BNC), *pool_QN.shape)) if context.assign else None
         return handed_over(x_BQC, valid_BQ, assign_BQN, context)
 
 

@@ -9,8 +9,8 @@ Every head looks at `points` places m: its query's reference point r (learned, f
 it is) plus an offset o_m in token widths. V is the values' map between the tokens, bilinear, and 0 outside the grid.
 
 Here a look is a row of weights over all N tokens, bilinear weights times a_m, instead of a gather of 4 corners per point
-(equal, derivatives too): at published sizes the Q N E multiplications cost as much as 1/7 of the value projection,
-and there is no scatter on the way back.
+(equal, derivatives too). That takes Q N E multiplications, 1/7 of the value projection's at published sizes, and no
+scatter on the way back: on a CPU the gradient takes 0.4 of the gather's time (4 images, 576 tokens, 144 queries).
 
 pooled_v_target: "query" is the above, p pooled and z learned; "tgt" swaps them; "none" learns both.
 With padding, values of invalid tokens are 0 (Deformable DETR's own rule), so points that look there read less; p is the
@@ -21,8 +21,9 @@ Source: Cha et al. 2024, "Honeybee: Locality-enhanced Projector for Multimodal L
 Zhu et al. 2021, "Deformable DETR". Departures: grids and poolings need not be square; masks; one feature level; no
 dropout (0.1 there); no extra learned output tokens (0 in every published config).
 Everything starts N(0, 0.02), biases 0, the offsets too: Honeybee overwrites Deformable DETR's ring of initial offsets.
-ring_init=True keeps it (head k looks in direction 2 pi k / heads, point m at m steps, all points alike).
-Cost: N E (C + L E) + L Q (6 E^2 + 2 E F + N E) multiplications per image.
+ring_init=True keeps it, with what belongs to it: at first every head k looks in direction 2 pi k / heads from the
+reference point, m tokens far with its point m, all alike weighted; values and their output start Xavier-uniform.
+Cost: N E (C + L E) + L Q E (5 E + 2 F + N + 2 Q) multiplications per image.
 """
 
 from __future__ import annotations
@@ -68,6 +69,8 @@ class Config(CompressorConfig):
     """Honeybee's sizes. num_queries: h * w. shape: (h, w) of the queries' grid; None takes the square.
 
     width: E of the decoder. depth, heads, points: layers L, heads K, places each head looks at. feed_forward: F.
+    pooled_v_target: what the pooled image is to the queries, their position or their content. pos_emb: learned positions
+        are added to the tokens.
     """
 
     num_queries: int = 144
@@ -210,10 +213,12 @@ class _Layer(nnx.Module):
         self.query, self.key = linear("EI", E, E), linear("EI", E, E)
         self.value, self.attention_out = linear("EI", E, E), linear("IE", E, E)
         self.attention_norm = LayerNorm("E", E, eps=_EPS)
-        own, zeros = (linear, small_normal) if not config.ring_init else (_xavier(rngs), initializers.zeros)
-        self.offsets = dense("EI", E, K * M * 2, init=zeros, rngs=rngs)
-        self.weights = dense("EI", E, K * M, init=zeros, rngs=rngs)
-        self.map, self.look_out = own("EI", E, E), own("IE", E, E)
+        steering, reading = (
+            (initializers.zeros, initializers.xavier_uniform()) if config.ring_init else [small_normal] * 2
+        )
+        self.offsets = linear("EI", E, K * M * 2, init=steering)
+        self.weights = linear("EI", E, K * M, init=steering)
+        self.map, self.look_out = linear("EI", E, E, init=reading), linear("IE", E, E, init=reading)
         self.look_norm = LayerNorm("E", E, eps=_EPS)
         self.ff_in, self.ff_out = linear("EF", E, config.feed_forward), linear("FE", config.feed_forward, E)
         self.ff_norm = LayerNorm("E", E, eps=_EPS)
@@ -289,7 +294,3 @@ def _ring(heads: int, points: int) -> np.ndarray:
     direction = np.stack([np.cos(angle), np.sin(angle)], axis=-1)
     direction /= np.abs(direction).max(-1, keepdims=True)
     return (direction[:, None] * np.arange(1, points + 1)[:, None]).astype(np.float32).reshape(-1)
-
-
-def _xavier(rngs: nnx.Rngs):
-    return partial(dense, init=initializers.xavier_uniform(), rngs=rngs)
