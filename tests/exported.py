@@ -25,7 +25,7 @@ CASES = {
         num_queries=6, shape=(2, 3), depth=2, hidden=8, mlp_depth=3, pos_emb=False, prenorm=True
     ),
     "d_abstractor": d_abstractor.Config(num_queries=9, width=16, depth=2, heads=2, points=3, feed_forward=10),
-    "d_abstractor_bare": d_abstractor.Config(  # neither projection is needed: 8 wide in, 12 wide out
+    "d_abstractor_bare": d_abstractor.Config(  # as wide as the LLM: no output_proj
         num_queries=6, shape=(3, 2), width=12, depth=2, heads=3, points=2, feed_forward=10, pooled_v_target="none"
     ),
     "resampler_video": resampler.Config(

@@ -45,9 +45,7 @@ CASES = {  # name: (tiny config, Q, vdot(tokens, noise) with planted weights)
     ),
 }
 SELECTING: set[str] = set()  # they leave most tokens unread on purpose
-CANCELLED = {
-    "d_abstractor": "key/bias"
-}  # a bias that moves all logits of a query alike: softmax has no gradient for it
+CANCELLED = {"d_abstractor": "key/bias"}  # it moves all logits of a query alike, and softmax does not see it
 FEWER = {"avg_pool": 4, "c_abstractor": 4}  # of a family whose cases cannot give 2
 PADDED = np.arange(24) % 6 >= 4  # the two right columns of the 4 x 6 grid ...
 EMPTY_ROW = np.arange(24) < 12  # ... or the upper half, or everything
@@ -154,9 +152,8 @@ def test_every_parameter_and_every_valid_token_gets_a_gradient(case):
         value = np.asarray(leaf.get_value())
         layers = value if leaf.get_metadata("axes").startswith("L") else value[None]
         assert np.isfinite(value).all(), path
-        if config.family in CANCELLED and "/".join(map(str, path)).endswith(CANCELLED[config.family]):
-            continue
-        assert (np.abs(layers).reshape(len(layers), -1).max(1) > 1e-4).all(), path
+        largest = np.abs(layers).reshape(len(layers), -1).max(1)
+        assert (largest > 1e-4).all() or "/".join(map(str, path)).endswith(CANCELLED.get(config.family, "-")), path
     np.testing.assert_array_equal(np.asarray(grad_BNC)[~VALID_BN], 0)
     if config.family not in SELECTING:
         assert np.abs(np.asarray(grad_BNC)[VALID_BN]).max(-1).min() > 1e-4
@@ -301,9 +298,7 @@ IMPOSSIBLE = {  # name: (config, what the message must say)
     "pixel_shuffle": (pixel_shuffle.Config(num_queries=8), r"num_queries=8 .*; possible: \[6, 24\]"),
     "resampler": (resampler.Config(num_queries=0), r"num_queries=0: .* from 1 up"),
     "c_abstractor": (c_abstractor.Config(num_queries=6), r"num_queries=6 .* possible: \[1, 4, 9, 16\]"),
-    "c_abstractor_shape": (c_abstractor.Config(num_queries=9, shape=(2, 4)), r"has 8 .* 4x6 grid: \[\(3, 3\)\]"),
     "d_abstractor": (d_abstractor.Config(num_queries=144), r"num_queries=144 .* possible: \[1, 4, 9, 16\]"),
-    "d_abstractor_shape": (d_abstractor.Config(num_queries=7, shape=(1, 7)), r"shape=\(1, 7\) .* \(1, 1\) to \(4, 6\)"),
 }
 
 
@@ -322,10 +317,6 @@ def test_impossible_num_queries_name_the_possible_ones(name):
         (pixel_shuffle.Config(num_queries=6, head="conv"), r"head='conv' .*\['linear', 'mlp'\]"),
         (mlp.Config(depth=0), "depth=0: .* at least 1"),
         (resampler.Config(heads=0), "heads=0: .* at least 1"),
-        (c_abstractor.Config(num_queries=4, mlp_depth=0), "mlp_depth=0: .* at least 1"),
-        (c_abstractor.Config(num_queries=4, hidden=2), "vision_C=12, hidden=2: .* at least 3"),
-        (d_abstractor.Config(num_queries=4, points=0), "points=0: .* at least 1"),
-        (d_abstractor.Config(num_queries=4, heads=6), "heads=6 must divide width=1024"),
         (d_abstractor.Config(num_queries=4, pooled_v_target="both"), r"'both' .*\['query', 'tgt', 'none'\]"),
     ],
 )

@@ -20,17 +20,36 @@ from tcjax.interop import names, tensors
 from tcjax.record import file_hash
 from tests.exported import CASES, PROVENANCE, ROWS, WIDTHS, artifact, artifact_copy, built
 
+BLOCK = "conv1.conv.weight conv1.bn.weight conv1.bn.bias conv2.conv.weight conv2.bn.weight conv2.bn.bias se.fc1.weight "
+BLOCK += "se.fc1.bias se.fc2.weight se.fc2.bias conv3.conv.weight conv3.bn.weight conv3.bn.bias"
+BLOCKS = " ".join(f"net.{k}.b{b}.{key}" for k in (0, 2) for b in (1, 2) for key in BLOCK.split())
 KEYS = {  # as published; a wrong name is only a warning to most loaders
     "mlp": "0.bias 0.weight 2.bias 2.weight",
     "avg_pool": "0.bias 0.weight 2.bias 2.weight",
     "pixel_shuffle": "modality_projection.proj.weight",
     "pixel_shuffle_mlp": "mlp1.0.bias mlp1.0.weight mlp1.1.bias mlp1.1.weight mlp1.3.bias mlp1.3.weight",
+    "c_abstractor": f"{BLOCKS} pos_emb readout.0.bias readout.0.weight readout.2.bias readout.2.weight "
+    "net.0.b1.downsample.conv.weight net.0.b1.downsample.bn.weight net.0.b1.downsample.bn.bias",
+    "c_abstractor_bare": f"{BLOCKS} prenorm.bias prenorm.weight readout.0.bias readout.0.weight readout.2.bias "
+    "readout.2.weight readout.4.bias readout.4.weight",
+    "d_abstractor_bare": "input_proj.0.bias input_proj.0.weight query_position_embeddings.weight reference_points v_pos_emb "
+    "layers.{i}.self_attn.k_proj.bias layers.{i}.self_attn.k_proj.weight layers.{i}.self_attn.v_proj.bias "
+    "layers.{i}.self_attn.v_proj.weight layers.{i}.self_attn.q_proj.bias layers.{i}.self_attn.q_proj.weight "
+    "layers.{i}.self_attn.out_proj.bias layers.{i}.self_attn.out_proj.weight layers.{i}.self_attn_layer_norm.bias "
+    "layers.{i}.self_attn_layer_norm.weight layers.{i}.encoder_attn.sampling_offsets.bias "
+    "layers.{i}.encoder_attn.sampling_offsets.weight layers.{i}.encoder_attn.attention_weights.bias "
+    "layers.{i}.encoder_attn.attention_weights.weight layers.{i}.encoder_attn.value_proj.bias "
+    "layers.{i}.encoder_attn.value_proj.weight layers.{i}.encoder_attn.output_proj.bias "
+    "layers.{i}.encoder_attn.output_proj.weight layers.{i}.encoder_attn_layer_norm.bias "
+    "layers.{i}.encoder_attn_layer_norm.weight layers.{i}.fc1.bias layers.{i}.fc1.weight layers.{i}.fc2.bias "
+    "layers.{i}.fc2.weight layers.{i}.final_layer_norm.bias layers.{i}.final_layer_norm.weight",
     "resampler_video": "frame_embs media_time_embs",  # beside the resampler's
     "resampler": "latents norm.bias norm.weight out_proj.bias out_proj.weight "
     "layers.{i}.0.norm_latents.bias layers.{i}.0.norm_latents.weight layers.{i}.0.norm_media.bias "
     "layers.{i}.0.norm_media.weight layers.{i}.0.to_kv.weight layers.{i}.0.to_out.weight layers.{i}.0.to_q.weight "
     "layers.{i}.1.0.bias layers.{i}.1.0.weight layers.{i}.1.1.weight layers.{i}.1.3.weight",
 }
+KEYS["d_abstractor"] = f"{KEYS['d_abstractor_bare']} output_proj.bias output_proj.weight"
 
 
 def published_keys(case: str) -> str:

@@ -40,6 +40,10 @@ def merge_channels_first(weights):
     weights["modality_projection.proj.weight"] = wide_DE.reshape(12, 4, 8).swapaxes(1, 2).reshape(12, 32)
 
 
+def swap_rows_and_columns(weights):
+    weights["reference_points"] = weights["reference_points"][..., ::-1].copy()
+
+
 def drop(weights):
     del weights["2.bias"]
 
@@ -61,6 +65,7 @@ SPOILED_WEIGHTS = {
     "transposed square weight": ("mlp", transpose, r"parity: plain: off by"),
     "swapped keys and values": ("resampler", swap_keys_and_values, r"parity: plain: off by"),
     "channel-major merge": ("pixel_shuffle", merge_channels_first, r"parity: plain: off by"),
+    "points as (y, x)": ("d_abstractor", swap_rows_and_columns, r"parity: plain: off by"),
     "dropped key": ("mlp", drop, r'load: .*Missing key\(s\) in state_dict: "2\.bias"'),
     "extra key": ("mlp", add, r'load: .*Unexpected key\(s\) in state_dict: "4\.weight"'),
     "wrong shape": ("mlp", misshape, r"load: .*size mismatch for 0\.weight"),
@@ -71,6 +76,10 @@ SPOILED_CONFIG = {
     "tanh GELU in the resampler": ("resampler", {"activation": "gelu_pytorch_tanh"}, r"parity: plain: off by"),
     "eps in the resampler": ("resampler", {"norm_eps": 1e-6}, r"parity: faint: off by"),
     "eps in the pixel shuffle": ("pixel_shuffle_mlp", {"norm_eps": 1e-6}, r"parity: faint: off by"),
+    "eps in the C-Abstractor's blocks": ("c_abstractor", {"norm_eps": 1e-6}, r"parity: \w+: off by"),
+    "eps before the C-Abstractor's blocks": ("c_abstractor_bare", {"prenorm_eps": 1e-5}, r"parity: faint: off by"),
+    "eps in the D-Abstractor": ("d_abstractor", {"norm_eps": 1e-6}, r"parity: \w+: off by"),
+    "content in place of positions": ("d_abstractor", {"pooled_v_target": "tgt"}, r"parity: plain: off by"),
     "other heads": ("resampler", {"heads": 4, "head_width": 2}, r"parity: plain: off by"),
     "other bins": ("avg_pool", {"pooled": [2, 3]}, r"parity: plain: off by"),
     "another number of tokens": ("avg_pool", {"pooled": [2, 2]}, r"output is \[2, 4, 12\], JAX gave \[2, 6, 12\]"),
@@ -91,6 +100,18 @@ SPOILED_CODE = {
         r"parity: masked: output is not finite",
     ),
     "padding is attended to": ("resampler", "torch.cat([valid,", "torch.cat([valid | True,", r"parity: masked: off by"),
+    "convolutions see padding": (
+        "c_abstractor",
+        "inner = inner.masked_fill(~keep, 0)",
+        "inner = inner * 1",
+        r"parity: masked: off by",
+    ),
+    "values of padding are read": (
+        "d_abstractor",
+        "values = values.masked_fill(~valid[..., None], 0)",
+        "values = values * 1",
+        r"parity: masked: off by",
+    ),
     "an empty bin is valid": ("avg_pool", "some = share > 0", "some = share >= 0", r"parity: masked: other outputs"),
     "queries in another order": (
         "resampler",
