@@ -21,6 +21,6 @@ BOARDS = CATALOGUE | {
     "resampler": lambda num_queries: resampler.Config(num_queries=num_queries, depth=2, heads=4, head_width=32),
     "c_abstractor": lambda num_queries: c_abstractor.Config(num_queries=num_queries, depth=2, hidden=96),
     "d_abstractor": lambda num_queries: d_abstractor.Config(
-        num_queries=num_queries, width=128, depth=2, heads=4, feed_forward=256
+        num_queries=num_queries, width=128, depth=2, heads=4, feed_forward=128
     ),
 }

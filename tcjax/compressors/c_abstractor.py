@@ -10,7 +10,7 @@ width of g is a quarter of the width that the block reads. Bins are torch's Adap
 not divide H, and no weight depends on h x w.
 
 With padding every convolution reads 0 where a token is invalid, as it does beyond the border, and both kinds of mean are
-over valid places: a padded image is the image cut to its valid rectangle (its positions kept). A bin without any valid
+over valid places: to the blocks a padded image is the image cut to its valid rectangle. A bin without any valid
 token is an invalid output.
 
 Source: Cha et al. 2024, "Honeybee: Locality-enhanced Projector for Multimodal LLM" (kakaobrain/honeybee), blocks of timm.
@@ -172,7 +172,7 @@ class _Stage(nnx.Module):
             x_BHWC = self.first(x_BHWC, valid_BHW)
         if self.rest is not None:
             # The type that goes round in the loop: the blocks promote to their weights'.
-            x_BHWC = x_BHWC.astype(jnp.result_type(x_BHWC, self.rest.conv1.kernel[...]))
+            x_BHWC = x_BHWC.astype(jnp.result_type(x_BHWC, *jax.tree.leaves(nnx.state(self.rest))))
             x_BHWC, _ = run(self.rest, lambda block, x_BHWC, _: (block(x_BHWC, valid_BHW), None), x_BHWC)
         return x_BHWC.reshape(B, N, -1)
 
