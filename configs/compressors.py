@@ -6,7 +6,9 @@ tcjax/compressors, one line here, one row in tests/compressor_cases.py.
 
 from tcjax.compressors import (
     avg_pool,
+    c_abstractor,
     chain,
+    d_abstractor,
     elastic,
     gemma3_pool,
     idefics2_resampler,
@@ -54,6 +56,8 @@ CATALOGUE = {
     "learned_merge_text": lambda num_queries: learned_merge.Config(num_queries=num_queries, text=True),
     "query_merge": lambda num_queries: query_merge.Config(num_queries=num_queries),
     "token_learner": lambda num_queries: token_learner.Config(num_queries=num_queries),
+    "c_abstractor": lambda num_queries: c_abstractor.Config(num_queries=num_queries),
+    "d_abstractor": lambda num_queries: d_abstractor.Config(num_queries=num_queries),
 }
 
 _MERGE = {"scorer": 64, "merger": 64, "metric": 32}
@@ -73,6 +77,10 @@ BOARDS = CATALOGUE | {
     "learned_merge": lambda num_queries: learned_merge.Config(num_queries=num_queries, **_MERGE),
     "learned_merge_text": lambda num_queries: learned_merge.Config(num_queries=num_queries, text=True, **_MERGE),
     "query_merge": lambda num_queries: query_merge.Config(num_queries=num_queries, inner=64),
+    "c_abstractor": lambda num_queries: c_abstractor.Config(num_queries=num_queries, depth=2, hidden=96),
+    "d_abstractor": lambda num_queries: d_abstractor.Config(
+        num_queries=num_queries, width=128, depth=2, heads=4, feed_forward=128
+    ),
 }
 
 

@@ -10,7 +10,9 @@ from flax import nnx
 
 from tcjax.compressors import (
     avg_pool,
+    c_abstractor,
     chain,
+    d_abstractor,
     elastic,
     gemma3_pool,
     idefics2_resampler,
@@ -56,6 +58,14 @@ CASES = {
     "qwen3_vl_deepstack": patch_merger.Config(num_queries=6, form="qwen3_vl_deepstack"),
     "mistral3": patch_merger.Config(num_queries=6, form="mistral3"),
     "resampler": resampler.Config(num_queries=5, depth=2, heads=2, head_width=4, ff_mult=2),
+    "c_abstractor": c_abstractor.Config(num_queries=9, depth=2, hidden=12),  # 4 x 6 into 3 x 3: rows overlap
+    "c_abstractor_bare": c_abstractor.Config(
+        num_queries=6, shape=(2, 3), depth=2, hidden=8, mlp_depth=3, pos_emb=False, prenorm=True
+    ),
+    "d_abstractor": d_abstractor.Config(num_queries=9, width=16, depth=2, heads=2, points=3, feed_forward=10),
+    "d_abstractor_bare": d_abstractor.Config(  # as wide as the LLM: no output_proj
+        num_queries=6, shape=(3, 2), width=12, depth=2, heads=3, points=2, feed_forward=10, pooled_v_target="none"
+    ),
     "resampler_video": resampler.Config(
         num_queries=3, depth=2, heads=2, head_width=4, ff_mult=2, max_queries=5, max_frames=2, max_media=3
     ),

@@ -36,6 +36,9 @@ def both(prefix: str, modules: str) -> str:
     return " ".join(f"{prefix}{module}.{name}" for module in modules.split() for name in ("bias", "weight"))
 
 
+BLOCK = "conv1.conv.weight conv1.bn.weight conv1.bn.bias conv2.conv.weight conv2.bn.weight conv2.bn.bias se.fc1.weight "
+BLOCK += "se.fc1.bias se.fc2.weight se.fc2.bias conv3.conv.weight conv3.bn.weight conv3.bn.bias"
+BLOCKS = " ".join(f"net.{k}.b{b}.{key}" for k in (0, 2) for b in (1, 2) for key in BLOCK.split())
 KEYS = {  # as published; a wrong name is only a warning to most loaders
     "mlp": "0.bias 0.weight 2.bias 2.weight",
     "avg_pool": "0.bias 0.weight 2.bias 2.weight",
@@ -78,6 +81,21 @@ KEYS = {  # as published; a wrong name is only a warning to most loaders
     "relevance.query.weight slot_key.weight slots",
     "token_learner": "LayerNorm_0.bias LayerNorm_0.weight out.0.bias out.0.weight out.2.bias out.2.weight "
     "token_masking.Dense_0.bias token_masking.Dense_0.weight token_masking.Dense_1.weight",
+    "c_abstractor": f"{BLOCKS} pos_emb readout.0.bias readout.0.weight readout.2.bias readout.2.weight "
+    "net.0.b1.downsample.conv.weight net.0.b1.downsample.bn.weight net.0.b1.downsample.bn.bias",
+    "c_abstractor_bare": f"{BLOCKS} prenorm.bias prenorm.weight readout.0.bias readout.0.weight readout.2.bias "
+    "readout.2.weight readout.4.bias readout.4.weight",
+    "d_abstractor_bare": "input_proj.0.bias input_proj.0.weight query_position_embeddings.weight reference_points v_pos_emb "
+    "layers.{i}.self_attn.k_proj.bias layers.{i}.self_attn.k_proj.weight layers.{i}.self_attn.v_proj.bias "
+    "layers.{i}.self_attn.v_proj.weight layers.{i}.self_attn.q_proj.bias layers.{i}.self_attn.q_proj.weight "
+    "layers.{i}.self_attn.out_proj.bias layers.{i}.self_attn.out_proj.weight layers.{i}.self_attn_layer_norm.bias "
+    "layers.{i}.self_attn_layer_norm.weight layers.{i}.encoder_attn.sampling_offsets.bias "
+    "layers.{i}.encoder_attn.sampling_offsets.weight layers.{i}.encoder_attn.attention_weights.bias "
+    "layers.{i}.encoder_attn.attention_weights.weight layers.{i}.encoder_attn.value_proj.bias "
+    "layers.{i}.encoder_attn.value_proj.weight layers.{i}.encoder_attn.output_proj.bias "
+    "layers.{i}.encoder_attn.output_proj.weight layers.{i}.encoder_attn_layer_norm.bias "
+    "layers.{i}.encoder_attn_layer_norm.weight layers.{i}.fc1.bias layers.{i}.fc1.weight layers.{i}.fc2.bias "
+    "layers.{i}.fc2.weight layers.{i}.final_layer_norm.bias layers.{i}.final_layer_norm.weight",
     "resampler_video": "frame_embs media_time_embs",  # beside the resampler's
     "idefics2_resampler": "modality_projection.gate_proj.weight modality_projection.up_proj.weight "
     "modality_projection.down_proj.weight perceiver_resampler.latents perceiver_resampler.norm.weight "
@@ -106,6 +124,7 @@ BESIDE = {
     "query_resampler": "query_resampler_anywhere",
     "learned_merge_told": "learned_merge",
 }
+KEYS["d_abstractor"] = f"{KEYS['d_abstractor_bare']} output_proj.bias output_proj.weight"
 
 
 def published_keys(case: str) -> str:
