@@ -48,6 +48,10 @@ def swap_feed_forwards(weights):
             weights[name], weights[queries] = weights[queries], weights[name]
 
 
+def swap_rows_and_columns(weights):
+    weights["reference_points"] = weights["reference_points"][..., ::-1].copy()
+
+
 def drop(weights):
     del weights["2.bias"]
 
@@ -70,6 +74,7 @@ SPOILED_WEIGHTS = {
     "swapped keys and values": ("resampler", swap_keys_and_values, r"parity: plain: off by"),
     "channel-major merge": ("pixel_shuffle", merge_channels_first, r"parity: plain: off by"),
     "swapped feed-forwards": ("qformer_text", swap_feed_forwards, r"parity: plain: off by"),
+    "points as (y, x)": ("d_abstractor", swap_rows_and_columns, r"parity: plain: off by"),
     "dropped key": ("mlp", drop, r'load: .*Missing key\(s\) in state_dict: "2\.bias"'),
     "extra key": ("mlp", add, r'load: .*Unexpected key\(s\) in state_dict: "4\.weight"'),
     "wrong shape": ("mlp", misshape, r"load: .*size mismatch for 0\.weight"),
@@ -82,6 +87,10 @@ SPOILED_CONFIG = {
     "eps in the pixel shuffle": ("pixel_shuffle_mlp", {"norm_eps": 1e-6}, r"parity: faint: off by"),
     "eps in the idefics2 resampler": ("idefics2_resampler", {"norm_eps": 1e-6}, r"parity: faint: off by"),
     "the image before the question": ("query_resampler", {"reading_order": "image, text"}, r"load: .*'image, text'"),
+    "eps in the C-Abstractor's blocks": ("c_abstractor", {"norm_eps": 1e-6}, r"parity: \w+: off by"),
+    "eps before the C-Abstractor's blocks": ("c_abstractor_bare", {"prenorm_eps": 1e-5}, r"parity: faint: off by"),
+    "eps in the D-Abstractor": ("d_abstractor", {"norm_eps": 1e-6}, r"parity: \w+: off by"),
+    "content in place of positions": ("d_abstractor", {"pooled_v_target": "tgt"}, r"parity: plain: off by"),
     "other heads": ("resampler", {"heads": 4, "head_width": 2}, r"parity: plain: off by"),
     "other heads in the Q-Former": ("qformer", {"heads": 4}, r"parity: plain: off by"),
     "other bins": ("avg_pool", {"pooled": [2, 3]}, r"parity: plain: off by"),
@@ -92,7 +101,16 @@ SPOILED_CONFIG = {
         {"channel_order": "channel, row, column"},
         r"load: .*'channel, row, column'",
     ),
-    "another place of the pool": ("avg_pool", {"order": "mlp, then pool"}, r"load: .*'mlp, then pool'"),
+    "another place of the pool": ("avg_pool", {"order": "mlp, then pool"}, r"parity: plain: off by"),
+    "an unknown place of the pool": ("avg_pool", {"order": "mlp"}, r"load: .*'mlp'"),
+    "another merge order in the merger": ("mistral3", {"channel_order": "row, column, channel"}, r"plain: off by"),
+    "blocks column by column": ("pixel_shuffle_mlp", {"output_order": "column by column"}, r"plain: off by"),
+    "eps in the merger": ("qwen2_5_vl", {"norm_eps": 1e-5}, r"parity: faint: off by"),
+    "another draw": ("random_tokens", {"seed": 4}, r"parity: plain: off by"),
+    "another lattice": ("stride_tokens", {"mode": "first"}, r"parity: plain: off by"),
+    "another stage": ("staged_pool", {"stages": [[4, 6], [4, 4], [3, 3]]}, r"parity: plain: off by"),
+    "other temperature of the shares": ("learned_merge", {"temperature": 0.2}, r"parity: plain: off by"),
+    "exact GELU in the maps": ("token_learner", {"activation": "gelu"}, r"parity: plain: off by"),
     "another family": ("avg_pool", {"family": "mlp"}, r"load: .*'avg_pool', the config is of 'mlp'"),
 }
 SPOILED_CODE = {
@@ -115,6 +133,18 @@ SPOILED_CODE = {
         "queries, text = hidden, hidden[:, num_queries:]",
         r"parity: plain: (off by|.*size)",
     ),
+    "convolutions see padding": (
+        "c_abstractor",
+        "inner = inner.masked_fill(~keep, 0)",
+        "inner = inner * 1",
+        r"parity: masked: off by",
+    ),
+    "values of padding are read": (
+        "d_abstractor",
+        "values = values.masked_fill(~valid[..., None], 0)",
+        "values = values * 1",
+        r"parity: masked: off by",
+    ),
     "an empty bin is valid": ("avg_pool", "some = share > 0", "some = share >= 0", r"parity: masked: other outputs"),
     "padding of the question is read": (
         "query_resampler",
@@ -127,6 +157,37 @@ SPOILED_CODE = {
         ".repeat_interleave(self.shared_by, dim=1)",
         ".repeat(1, self.shared_by, 1, 1)",
         r"parity: plain: off by",
+    ),
+    "padding wins": ("max_pool", 'float("-inf")', "0.0", r"parity: masked: off by"),
+    "the norm's bias is read": (
+        "qwen2_vl",
+        '"token").masked_fill(~keep, 0)',
+        '"token")',
+        r"parity: masked: off by",
+    ),
+    "the mlp's bias is averaged": (
+        "matryoshka_pool",
+        "masked_fill(~keep, 0)).masked_fill(~keep, 0)",
+        "masked_fill(~keep, 0))",
+        r"parity: masked: off by",
+    ),
+    "kept in order of score": (
+        "learned_merge",
+        "keepdim=True), length).sort(dim=-1).values",
+        "keepdim=True), length)",
+        r"parity: masked: other outputs|parity: plain: off by",
+    ),
+    "dropped tokens add nothing": (
+        "learned_merge",
+        "kept = kept + self.merge(",
+        "kept = kept + 0 * self.merge(",
+        r"parity: plain: off by",
+    ),
+    "padded text is read": (
+        "query_merge",
+        "text.masked_fill(~text_valid[..., None], 0)",
+        "text",
+        r"parity: plain: output is not finite",
     ),
     "queries in another order": (
         "resampler",
