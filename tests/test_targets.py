@@ -18,9 +18,11 @@ from tcjax.export import jax_export, llava, onnx, torch_export
 from tcjax.export.run import TARGETS, export_run
 from tcjax.interop import names
 from tcjax.record import to_dict, write_json
+from tests import exported
 from tests.hosted import IDENTITY, ROOT, TOWERS, a_model, a_run
 
 RESAMPLER = resampler.Config(num_queries=3, depth=1, heads=2, head_width=8)
+MERGE = exported.CASES["learned_merge"]
 RUNS = {
     "mlp": a_run(mlp.Config()),
     "avg_pool": a_run(avg_pool.Config(num_queries=6, shape=(3, 2))),
@@ -124,6 +126,19 @@ def test_a_graph_that_disagrees_is_not_published(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"parity: plain: off by"):
         export("torch-export", "mlp", tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_batch_size_that_torch_fixes_is_an_error_and_jax_fixes_the_tokens(tmp_path):
+    """The greedy merge computes with both numbers in Python."""
+    run = a_run(MERGE)
+    with pytest.raises(ValueError, match=r"computes with the batch size, and torch.export fixes it"):
+        export_run("torch-export", run, a_model(run), IDENTITY, out=tmp_path / "out", root=ROOT)
+    assert list(tmp_path.iterdir()) == []
+    pytest.importorskip("flatbuffers")
+    export_run("jax-export", run, a_model(run), IDENTITY, out=tmp_path / "out", root=ROOT)
+    manifest = json.loads((tmp_path / "out/manifest.json").read_text())
+    assert not manifest["any_num_tokens"]
+    assert {row["case"] for row in manifest["parity"]["cases"]} == {"plain", "masked", "faint"}
 
 
 def test_another_kind_of_export_is_not_overwritten(tmp_path):

@@ -48,7 +48,7 @@ def export(run: Run, model: Any, identity: dict[str, Any], *, out: Path, root: P
         golden = tensors.load(artifact / "golden.safetensors")
         weights = names.flatten(model.compressor)
         tensors.save(building / "compressor.safetensors", weights)
-        exported, any_num_tokens = _program(model.compressor, weights, golden, facts["any_num_tokens"])
+        exported, any_num_tokens = _program(model.compressor, weights, golden, facts)
         path = building / "compressor.jax"
         path.write_bytes(exported.serialize())
         cases = _compared(jax.export.deserialize(bytearray(path.read_bytes())), weights, golden)
@@ -58,7 +58,7 @@ def export(run: Run, model: Any, identity: dict[str, Any], *, out: Path, root: P
     return graphs.write(KIND, convert, run, model, identity, out=out, root=root)
 
 
-def _program(compressor: nnx.Module, weights: names.Arrays, golden: names.Arrays, any_num: bool) -> tuple[Any, bool]:
+def _program(compressor: nnx.Module, weights: names.Arrays, golden: names.Arrays, facts: dict) -> tuple[Any, bool]:
     """The program, and whether it takes any number of tokens; one that computes with that number in Python has it fixed."""
     graphdef, state = nnx.split(compressor)
     flat = nnx.to_flat_state(state)
@@ -80,21 +80,22 @@ def _program(compressor: nnx.Module, weights: names.Arrays, golden: names.Arrays
     abstract = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in weights.items()}
     with jax.default_matmul_precision("highest"):
         exporter = jax.export.export(jax.jit(answer), platforms=PLATFORMS)
-        if any_num:
+        if facts["any_num_tokens"]:
             try:
-                return exporter(abstract, _shapes(golden, "n")), True
-            except (TypeError, ValueError):  # what jax says to `range(n)` or a branch on n
+                return exporter(abstract, _shapes(golden, "n", facts)), True
+            except (TypeError, ValueError, jax.errors.InconclusiveDimensionOperation):  # `range(n)`, a branch on n
                 pass
-        return exporter(abstract, _shapes(golden, "")), False
+        return exporter(abstract, _shapes(golden, "", facts)), False
 
 
 def _is_weight(leaf: nnx.Variable) -> bool:
     return not isinstance(leaf, nnx.RngState)
 
 
-def _shapes(golden: names.Arrays, num_tokens: str) -> dict[str, jax.ShapeDtypeStruct]:
+def _shapes(golden: names.Arrays, num_tokens: str, facts: dict) -> dict[str, jax.ShapeDtypeStruct]:
     """Inputs with symbolic sizes: batch b, text t, tokens `num_tokens` or as many as in the golden case."""
-    scope, shapes = jax.export.SymbolicScope(), {}
+    limit = [f"t <= {facts['max_text']}"] if facts.get("max_text") else []
+    scope, shapes = jax.export.SymbolicScope(limit), {}
     for name, array in _inputs(golden, "masked").items():
         second = "t" if name.startswith("text") else num_tokens or str(array.shape[1])
         spec = ", ".join(["b", second, *map(str, array.shape[2:])])

@@ -56,13 +56,33 @@ def save_onnx(artifact: Path, path: Path, *, any_num_tokens: bool) -> list[dict]
 
 
 def _exported(artifact: Path, any_num_tokens: bool) -> torch.export.ExportedProgram:
-    inputs = _inputs(artifact, "masked")
-    batch, tokens, text = (torch.export.Dim(name, min=1, max=65536) for name in ("batch", "tokens", "text"))
-    second = {"text": text, "text_valid": text} | dict.fromkeys(inputs, tokens if any_num_tokens else None)
-    second |= {name: text for name in inputs if name in ("text", "text_valid")}
-    shapes = {name: {0: batch} | ({1: dim} if (dim := second[name]) is not None else {}) for name in inputs}
-    compressor = verify.load(artifact)
-    return torch.export.export(compressor, (), inputs, dynamic_shapes=shapes, strict=False)
+    """The masked form with a batch of any size.
+
+    Sizes are stated first; where torch cannot prove them it is asked to infer them, and a batch that it fixes is an error.
+    """
+    inputs, compressor = _inputs(artifact, "masked"), verify.load(artifact)
+    free = {name: {0: "batch"} for name in inputs}
+    for name in inputs:
+        if name in ("text", "text_valid"):
+            free[name][1] = "text"
+        elif any_num_tokens:
+            free[name][1] = "tokens"
+    stated = {size: torch.export.Dim(size, min=1, max=65536) for size in ("batch", "tokens", "text")}
+    for sizes in (stated, dict.fromkeys(stated, torch.export.Dim.AUTO)):
+        shapes = {name: {axis: sizes[size] for axis, size in axes.items()} for name, axes in free.items()}
+        try:
+            program = torch.export.export(compressor, (), inputs, dynamic_shapes=shapes, strict=False)
+        except torch._dynamo.exc.UserError:
+            continue
+        try:
+            program.module()(**{name: value[:1] for name, value in inputs.items()})
+        except (RuntimeError, AssertionError):  # either says that a guard failed
+            continue
+        return program
+    raise ValueError(
+        "the PyTorch code of this compressor computes with the batch size, and torch.export fixes it; "
+        "the artifact and jax-export hold this compressor."
+    )
 
 
 def _inputs(artifact: Path, case: str) -> dict[str, torch.Tensor]:
