@@ -8,6 +8,8 @@ is the column). Positions are integer patch indices from 0. All of it is numpy: 
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 _A = -0.75  # torch's bicubic; jax.image.resize uses -0.5
@@ -27,6 +29,17 @@ def sincos_1d(position_N: np.ndarray, width: int) -> np.ndarray:
     rate = 1.0 / 10000 ** (np.arange(width // 2, dtype=np.float32) / (width / 2.0))
     angle_NA = position_N.astype(np.float32)[:, None] * rate.astype(np.float32)[None]
     return np.concatenate([np.sin(angle_NA), np.cos(angle_NA)], axis=1).astype(np.float32)
+
+
+def square_side(most: int, rule: str) -> int:
+    """sqrt(most), for `most` queries on a square grid; ValueError naming the squares around it."""
+    side = math.isqrt(max(most, 0))
+    if side * side != most or not side:
+        raise ValueError(
+            f"max_queries={most} is no square, but {rule} lays the queries on a square grid; near it are "
+            f"{max(side, 1) ** 2} and {(side + 1) ** 2}. num_queries may be any number up to max_queries."
+        )
+    return side
 
 
 def bicubic_matrix(num_in: int, num_out: int) -> np.ndarray:
