@@ -8,7 +8,16 @@ from pathlib import Path
 
 from flax import nnx
 
-from tcjax.compressors import avg_pool, mlp, pixel_shuffle, resampler
+from tcjax.compressors import (
+    avg_pool,
+    decoder_resampler,
+    matryoshka_query,
+    mlp,
+    pixel_shuffle,
+    qwen_resampler,
+    resampler,
+    spatial_resampler,
+)
 from tcjax.compressors.base import Widths
 from tcjax.export.artifact import export
 from tests.planted import plant
@@ -23,6 +32,13 @@ CASES = {
     "resampler_video": resampler.Config(
         num_queries=3, depth=2, heads=2, head_width=4, ff_mult=2, max_queries=5, max_frames=2, max_media=3
     ),
+    "qwen_resampler": qwen_resampler.Config(num_queries=3, max_queries=4, head_width=6),
+    "minicpm_v2": qwen_resampler.Config(num_queries=4, form="minicpm_v2", head_width=6),
+    "minicpm_v45": qwen_resampler.Config(num_queries=5, form="minicpm_v45", head_width=4),
+    "uhd_resampler": qwen_resampler.Config(num_queries=4, form="uhd", head_width=6),
+    "spatial_resampler": spatial_resampler.Config(num_queries=4, head_width=6),
+    "matryoshka_query": matryoshka_query.Config(num_queries=3, max_queries=4, head_width=4),
+    "decoder_resampler": decoder_resampler.Config(num_queries=3, max_queries=5, heads=2, feed_forward=20),
 }
 PROVENANCE = {"tower": {"name": "tiny", "weights": "0f" * 32}, "training": {"steps": 2180}}
 ROWS = [{"num_queries": 6, "accuracy": 0.51234}, {"num_queries": 24, "accuracy": 0.75, "seed": 1}]

@@ -39,7 +39,11 @@ CASES = {  # name: (tiny config, Q, vdot(tokens, noise) with planted weights)
     "resampler_prefix": (resampler.Config(num_queries=3, max_queries=5, **TINY), 3, -8.71471),
     "resampler_video": (resampler.Config(num_queries=4, max_frames=3, media=1, max_media=2, **TINY), 4, -5.74115),
     "qwen_resampler": (qwen_resampler.Config(num_queries=9, head_width=8), 9, -19.53106),
-    "qwen_resampler_prefix": (qwen_resampler.Config(num_queries=3, max_queries=4, head_width=8, post=False), 3, 5.29743),
+    "qwen_resampler_prefix": (
+        qwen_resampler.Config(num_queries=3, max_queries=4, head_width=8, post=False),
+        3,
+        5.29743,
+    ),
     "omnilmm": (qwen_resampler.Config(num_queries=4, form="omnilmm", head_width=4), 4, -6.32458),
     "minicpm_v2": (qwen_resampler.Config(num_queries=4, form="minicpm_v2", head_width=8), 4, -7.07854),
     "minicpm_v25": (qwen_resampler.Config(num_queries=5, form="minicpm_v25", head_width=8), 5, -1.27553),

@@ -40,6 +40,14 @@ def merge_channels_first(weights):
     weights["modality_projection.proj.weight"] = wide_DE.reshape(12, 4, 8).swapaxes(1, 2).reshape(12, 32)
 
 
+def turn_the_table(weights):
+    weights["attn_pool.pos_embed"] = weights["attn_pool.pos_embed"].reshape(2, 2, 12).swapaxes(0, 1).reshape(4, 12)
+
+
+def transpose_proj(weights):
+    weights["proj"] = weights["proj"].T
+
+
 def drop(weights):
     del weights["2.bias"]
 
@@ -61,6 +69,8 @@ SPOILED_WEIGHTS = {
     "transposed square weight": ("mlp", transpose, r"parity: plain: off by"),
     "swapped keys and values": ("resampler", swap_keys_and_values, r"parity: plain: off by"),
     "channel-major merge": ("pixel_shuffle", merge_channels_first, r"parity: plain: off by"),
+    "rows and columns of a table": ("qwen_resampler", turn_the_table, r"parity: plain: off by"),
+    "transposed raw parameter": ("uhd_resampler", transpose_proj, r"parity: plain: off by"),
     "dropped key": ("mlp", drop, r'load: .*Missing key\(s\) in state_dict: "2\.bias"'),
     "extra key": ("mlp", add, r'load: .*Unexpected key\(s\) in state_dict: "4\.weight"'),
     "wrong shape": ("mlp", misshape, r"load: .*size mismatch for 0\.weight"),
@@ -75,6 +85,16 @@ SPOILED_CONFIG = {
     "other bins": ("avg_pool", {"pooled": [2, 3]}, r"parity: plain: off by"),
     "another number of tokens": ("avg_pool", {"pooled": [2, 2]}, r"output is \[2, 4, 12\], JAX gave \[2, 6, 12\]"),
     "turned grid": ("pixel_shuffle", {"grid": [6, 4]}, r"parity: plain: off by"),
+    "positions on the queries": ("minicpm_v2", {"queries_have_positions": False}, r"parity: plain: off by"),
+    "resized positions": ("minicpm_v2", {"key_positions": "resized"}, r"parity: plain: off by"),
+    "exact positions": ("uhd_resampler", {"key_positions": "exact"}, r"parity: plain: off by"),
+    "unknown positions": ("uhd_resampler", {"key_positions": "learned"}, r"load: .*'learned'"),
+    "eps in the single layer": ("minicpm_v45", {"norm_eps": 1e-5}, r"parity: faint: off by"),
+    "other samples": ("spatial_resampler", {"samples": [3, 3]}, r"parity: plain: off by"),
+    "other sampling": ("spatial_resampler", {"sampling": "aligned"}, r"load: .*'aligned'"),
+    "the image in the keys": ("matryoshka_query", {"key_content": True}, r"parity: plain: off by"),
+    "GELU in the decoder": ("decoder_resampler", {"activation": "gelu"}, r"parity: plain: off by"),
+    "norms before": ("decoder_resampler", {"norm_order": "before"}, r"load: .*'before'"),
     "another merge order": (
         "pixel_shuffle",
         {"channel_order": "channel, row, column"},
@@ -92,6 +112,12 @@ SPOILED_CODE = {
     ),
     "padding is attended to": ("resampler", "torch.cat([valid,", "torch.cat([valid | True,", r"parity: masked: off by"),
     "an empty bin is valid": ("avg_pool", "some = share > 0", "some = share >= 0", r"parity: masked: other outputs"),
+    "unseen samples count": (
+        "spatial_resampler",
+        "share / mass.where(mass > 0, 1)",
+        "share.expand_as(mass)",
+        r"parity: masked: off by",
+    ),
     "queries in another order": (
         "resampler",
         "latents = self.norm_latents(latents)",

@@ -50,7 +50,9 @@ class Config(CompressorConfig):
             found.append(replace(widths, grid_HW=grid_HW, frames=frames, levels=levels, llm_D=llm_D))
             late = sorted({"levels", "prior"} & set(part.needs)) if number else []
             if late:
-                raise ValueError(f"part {number + 1} of the chain, {part.family}, reads {late}; only the first part can.")
+                raise ValueError(
+                    f"part {number + 1} of the chain, {part.family}, reads {late}; only the first part can."
+                )
             try:
                 part.outputs(found[-1])
                 grid_HW, frames, levels = part.out_grid(found[-1]), 1, 0

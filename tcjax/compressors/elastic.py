@@ -52,7 +52,9 @@ class Config(CompressorConfig):
             )
         wrong = [number for number in self.drawn_from if not 1 <= number <= most]
         if wrong:
-            raise ValueError(f"drawn_from has {wrong}; every number is from 1 to {most}, the outputs of {self.of.family}.")
+            raise ValueError(
+                f"drawn_from has {wrong}; every number is from 1 to {most}, the outputs of {self.of.family}."
+            )
         return most
 
     def build(self, widths: Widths, rngs: nnx.Rngs) -> Elastic:

@@ -70,5 +70,7 @@ def num_heads(width: int, head_width: int) -> int:
     """width / head_width; ValueError if that is not whole."""
     if head_width < 1 or width % head_width:
         possible = [each for each in range(1, width + 1) if width % each == 0]
-        raise ValueError(f"head_width={head_width} does not divide the attention's width {width}; possible: {possible}.")
+        raise ValueError(
+            f"head_width={head_width} does not divide the attention's width {width}; possible: {possible}."
+        )
     return width // head_width

@@ -26,8 +26,10 @@ def sincos_2d(grid_HW: tuple[int, int], width: int) -> np.ndarray:
 
 def sincos_1d(position_N: np.ndarray, width: int) -> np.ndarray:
     """float32 [N, width]: sines in the first half, cosines in the second."""
-    rate = 1.0 / 10000 ** (np.arange(width // 2, dtype=np.float32) / (width / 2.0))
-    angle_NA = position_N.astype(np.float32)[:, None] * rate.astype(np.float32)[None]
+    # numpy's float32 power is off by its last bit on some machines: 6e-5 of a sine at position 1400, late in a video.
+    power = 10000.0 ** (np.arange(width // 2, dtype=np.float32) / np.float32(width / 2.0)).astype(np.float64)
+    rate = np.float32(1) / power.astype(np.float32)
+    angle_NA = position_N.astype(np.float32)[:, None] * rate[None]
     return np.concatenate([np.sin(angle_NA), np.cos(angle_NA)], axis=1).astype(np.float32)
 
 

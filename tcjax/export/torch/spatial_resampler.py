@@ -24,7 +24,9 @@ class Compressor(nn.Module):
         if config["family"] != "spatial_resampler":
             raise ValueError(f"this file holds the family 'spatial_resampler', the config is of {config['family']!r}")
         if config["sampling"] != "roi_align, not aligned, adaptive":
-            raise ValueError(f"this file samples as roi_align does, not aligned; the config says {config['sampling']!r}")
+            raise ValueError(
+                f"this file samples as roi_align does, not aligned; the config says {config['sampling']!r}"
+            )
         width, side, eps = config["llm_width"], config["regions"], config["norm_eps"]
         self.query = nn.Parameter(0.02 * torch.randn(side * side, width))
         self.pos_embed = nn.Parameter(sincos_2d(side, width), requires_grad=False)
