@@ -64,6 +64,7 @@ CASES = {  # name: (tiny config, Q, vdot(tokens, noise) with planted weights)
     ),
 }
 SELECTING: set[str] = set()  # they leave most tokens unread on purpose
+CANCELLED = {("ln_k", "bias")}  # a shift of all keys alike, which the softmax takes back; matryoshka_query publishes it
 FEWER = {"avg_pool": 4}  # of a family whose cases cannot give 2
 PADDED = np.arange(24) % 6 >= 4  # the two right columns of the 4 x 6 grid ...
 EMPTY_ROW = np.arange(24) < 12  # ... or the upper half, or everything
@@ -167,6 +168,8 @@ def test_every_parameter_and_every_valid_token_gets_a_gradient(case):
     x_BNC = np.where(VALID_BN[..., None], noise(3, 24, 12), np.float32(np.nan))
     grads, grad_BNC = _gradients(*nnx.split(compressor), x_BNC, VALID_BN, noise(3, num_queries, 16, seed=1))
     for path, leaf in nnx.to_flat_state(grads):
+        if path in CANCELLED:
+            continue
         value = np.asarray(leaf.get_value())
         layers = value if leaf.get_metadata("axes").startswith("L") else value[None]
         assert np.isfinite(value).all(), path

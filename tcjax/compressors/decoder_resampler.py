@@ -131,7 +131,9 @@ class _Layer(nnx.Module):
         self.self_attn = MultiheadAttention(C, config.heads, rngs=rngs)
         self.cross_attn = MultiheadAttention(C, config.heads, rngs=rngs)
         self.ff_in = dense("CF", C, config.feed_forward, init=torch_uniform, rngs=rngs)
-        self.ff_out = dense("FC", config.feed_forward, C, init=torch_uniform, rngs=rngs)
+        # "FE", as the attentions call this width: with "FC" on a data x fsdp x tensor mesh XLA's partitioner hands the sum
+        # behind it other images' rows (jax 0.10.2; test_one_device_equals_eight).
+        self.ff_out = dense("FE", config.feed_forward, C, init=torch_uniform, rngs=rngs)
         self.norm_self, self.norm_cross, self.norm_ff = (LayerNorm("C", C, eps=_EPS) for _ in range(3))
 
     def __call__(self, query_BQC, memory_BNC, active_BSM, mask_BSM, *, assign: bool):
