@@ -6,12 +6,18 @@ tcjax/compressors, one line here, one row in tests/test_compressors.py.
 
 from tcjax.compressors import (
     avg_pool,
+    chain,
     decoder_resampler,
+    elastic,
+    idefics2_resampler,
     matryoshka_query,
     mlp,
     pixel_shuffle,
+    qformer,
+    query_resampler,
     qwen_resampler,
     resampler,
+    resize_image,
     spatial_resampler,
 )
 
@@ -27,9 +33,15 @@ CATALOGUE = {
     "spatial_resampler": lambda num_queries: spatial_resampler.Config(num_queries=num_queries),
     "matryoshka_query": lambda num_queries: matryoshka_query.Config(num_queries=num_queries),
     "decoder_resampler": lambda num_queries: decoder_resampler.Config(num_queries=num_queries),
+    "resize_image": lambda num_queries: resize_image.Config(num_queries=num_queries),
+    "idefics2_resampler": lambda num_queries: idefics2_resampler.Config(num_queries=num_queries),
+    "query_resampler": lambda num_queries: query_resampler.Config(num_queries=num_queries),
+    "qformer": lambda num_queries: qformer.Config(num_queries=num_queries),
+    "qformer_text": lambda num_queries: qformer.Config(num_queries=num_queries, text=True),  # InstructBLIP's
 }
 
 # The same families for the digit boards, whose tower is 96 wide and whose LLM is 128 wide.
+SMALL_BERT = {"depth": 2, "width": 128, "heads": 4, "feed_forward": 512, "cross_every": 1}
 BOARDS = CATALOGUE | {
     "resampler": lambda num_queries: resampler.Config(num_queries=num_queries, depth=2, heads=4, head_width=32),
     "qwen_resampler": lambda num_queries: qwen_resampler.Config(num_queries=num_queries, head_width=32),
@@ -42,4 +54,29 @@ BOARDS = CATALOGUE | {
     "decoder_resampler": lambda num_queries: decoder_resampler.Config(
         num_queries=num_queries, heads=4, feed_forward=384
     ),
+    "idefics2_resampler": lambda num_queries: idefics2_resampler.Config(
+        num_queries=num_queries, depth=2, heads=4, kv_heads=2, head_width=32, projection=256
+    ),
+    "query_resampler": lambda num_queries: query_resampler.Config(
+        num_queries=num_queries, width=96, heads=4, kv_heads=2, head_width=32
+    ),
+    "qformer": lambda num_queries: qformer.Config(num_queries=num_queries, **SMALL_BERT),
+    "qformer_text": lambda num_queries: qformer.Config(num_queries=num_queries, text=True, max_text=64, **SMALL_BERT),
 }
+
+
+def wrapped(catalogue: dict) -> dict:
+    """What is made of the others: one training for any Q, and 64 times fewer in three stages of 4."""
+    return {
+        "elastic": lambda num_queries: elastic.Config(of=catalogue["resampler"](num_queries)),
+        "chain": lambda num_queries: chain.Config(
+            parts=(
+                catalogue["avg_pool"](16 * num_queries),
+                catalogue["resampler"](4 * num_queries),
+            )
+        ),
+    }
+
+
+CATALOGUE |= wrapped(CATALOGUE)
+BOARDS |= wrapped(BOARDS)

@@ -94,6 +94,7 @@ class EvaluateConfig:
     """How a trained run is scored: greedy answers to single questions on `source`.
 
     boards: at most so many images (0: all). batch: questions per forward pass.
+    queries: other numbers of visual tokens at which the same weights are scored too (elastic compressors).
     controls: "blank" (a grey image) and "shuffled" (another sample's image); what they score is owed to language alone.
         For a compressor that is told the question also "null_text" (it is told nothing) and "shuffled_text" (another
         question): what the score loses is owed to the conditioning. The LLM always reads the right question.
@@ -102,6 +103,7 @@ class EvaluateConfig:
     source: Source
     boards: int = 0
     batch: int = 64
+    queries: tuple[int, ...] = ()
     controls: tuple[str, ...] = ("blank", "shuffled")
 
 

@@ -10,10 +10,16 @@ from flax import nnx
 
 from tcjax.compressors import (
     avg_pool,
+    chain,
     decoder_resampler,
+    elastic,
+    idefics2_resampler,
     matryoshka_query,
     mlp,
+    per_frame,
     pixel_shuffle,
+    qformer,
+    query_resampler,
     qwen_resampler,
     resampler,
     spatial_resampler,
@@ -39,6 +45,22 @@ CASES = {
     "spatial_resampler": spatial_resampler.Config(num_queries=4, head_width=6),
     "matryoshka_query": matryoshka_query.Config(num_queries=3, max_queries=4, head_width=4),
     "decoder_resampler": decoder_resampler.Config(num_queries=3, max_queries=5, heads=2, feed_forward=20),
+    "chain": chain.Config(parts=(avg_pool.Config(num_queries=9), pixel_shuffle.Config(num_queries=1))),
+    "per_frame": per_frame.Config(each=avg_pool.Config(num_queries=4)),
+    "elastic": elastic.Config(of=resampler.Config(num_queries=5, depth=2, heads=2, head_width=4, ff_mult=2)),
+    "idefics2_resampler": idefics2_resampler.Config(
+        num_queries=3, max_queries=5, depth=2, heads=4, kv_heads=2, head_width=4, ff_mult=2, projection=10
+    ),
+    "query_resampler": query_resampler.Config(
+        num_queries=3, max_queries=5, width=6, heads=4, kv_heads=2, head_width=4, ff_mult=2
+    ),
+    "query_resampler_anywhere": query_resampler.Config(
+        num_queries=4, width=6, heads=4, kv_heads=2, head_width=4, ff_mult=2, positions=False
+    ),
+    "qformer": qformer.Config(num_queries=3, depth=2, width=8, heads=2, feed_forward=16, max_queries=5),
+    "qformer_text": qformer.Config(
+        num_queries=5, depth=2, width=8, heads=2, feed_forward=16, cross_every=1, text=True, max_text=6
+    ),
 }
 PROVENANCE = {"tower": {"name": "tiny", "weights": "0f" * 32}, "training": {"steps": 2180}}
 ROWS = [{"num_queries": 6, "accuracy": 0.51234}, {"num_queries": 24, "accuracy": 0.75, "seed": 1}]

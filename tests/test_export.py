@@ -20,12 +20,39 @@ from tcjax.interop import names, tensors
 from tcjax.record import file_hash
 from tests.exported import CASES, PROVENANCE, ROWS, WIDTHS, artifact, artifact_copy, built
 
+IDEFICS2_LAYER = (
+    "input_latents_norm input_context_norm post_attention_layernorm self_attn.q_proj self_attn.k_proj self_attn.v_proj "
+    "self_attn.o_proj mlp.gate_proj mlp.up_proj mlp.down_proj"
+).split()
+QFORMER = """attention.attention.query attention.attention.key attention.attention.value
+    attention.output.dense attention.output.LayerNorm
+    intermediate_query.dense output_query.dense output_query.LayerNorm"""
+CROSS = """crossattention.attention.query crossattention.attention.key crossattention.attention.value
+    crossattention.output.dense crossattention.output.LayerNorm"""
+
+
+def both(prefix: str, modules: str) -> str:
+    """Weight and bias of each."""
+    return " ".join(f"{prefix}{module}.{name}" for module in modules.split() for name in ("bias", "weight"))
+
+
 KEYS = {  # as published; a wrong name is only a warning to most loaders
     "mlp": "0.bias 0.weight 2.bias 2.weight",
     "avg_pool": "0.bias 0.weight 2.bias 2.weight",
     "pixel_shuffle": "modality_projection.proj.weight",
     "pixel_shuffle_mlp": "mlp1.0.bias mlp1.0.weight mlp1.1.bias mlp1.1.weight mlp1.3.bias mlp1.3.weight",
+    "chain": "parts.0.0.bias parts.0.0.weight parts.0.2.bias parts.0.2.weight parts.1.modality_projection.proj.weight",
+    "per_frame": "each.0.bias each.0.weight each.2.bias each.2.weight",
+    "elastic": "",
     "resampler_video": "frame_embs media_time_embs",  # beside the resampler's
+    "idefics2_resampler": "modality_projection.gate_proj.weight modality_projection.up_proj.weight "
+    "modality_projection.down_proj.weight perceiver_resampler.latents perceiver_resampler.norm.weight "
+    + " ".join(f"perceiver_resampler.layers.{{i}}.{key}.weight" for key in IDEFICS2_LAYER),
+    "query_resampler_anywhere": "resize_linear.weight resize_linear.bias pre_mlp.0.weight pre_mlp.0.bias "
+    "pre_mlp.2.weight pre_mlp.2.bias proj.0.weight proj.0.bias proj.2.weight proj.2.bias "
+    "perceiver.latents perceiver.norm.weight "
+    + " ".join(f"perceiver.layers.{{i}}.{key}.weight" for key in IDEFICS2_LAYER),
+    "query_resampler": "position_embedding.weight",  # beside the former's
     "resampler": "latents norm.bias norm.weight out_proj.bias out_proj.weight "
     "layers.{i}.0.norm_latents.bias layers.{i}.0.norm_latents.weight layers.{i}.0.norm_media.bias "
     "layers.{i}.0.norm_media.weight layers.{i}.0.to_kv.weight layers.{i}.0.to_out.weight layers.{i}.0.to_q.weight "
@@ -47,17 +74,21 @@ KEYS = {  # as published; a wrong name is only a warning to most loaders
     "layers.{i}.multihead_attn.out_proj.weight layers.{i}.linear1.bias layers.{i}.linear1.weight "
     "layers.{i}.linear2.bias layers.{i}.linear2.weight layers.{i}.norm1.bias layers.{i}.norm1.weight "
     "layers.{i}.norm2.bias layers.{i}.norm2.weight layers.{i}.norm3.bias layers.{i}.norm3.weight",
+    "qformer": f"query_tokens {both('', 'qformer.layernorm language_projection')} "
+    f"{both('qformer.encoder.layer.{i}.', QFORMER)} {both('qformer.encoder.layer.0.', CROSS)}",
+    "qformer_text": "query_tokens qformer.embeddings.position_embeddings.weight "
+    f"{both('', 'qformer.embeddings.layernorm language_projection text_proj')} "
+    f"{both('qformer.encoder.layer.{i}.', QFORMER + ' ' + CROSS)} "
+    f"{both('qformer.encoder.layer.{i}.', 'intermediate.dense output.dense output.LayerNorm')}",
 }
-FURTHER = {  # case: whose keys it has beside its own
-    "resampler_video": "resampler",
-    "minicpm_v2": "minicpm_v45",
-    "uhd_resampler": "minicpm_v45",
-    "spatial_resampler": "minicpm_v45",
-}
+
+
+BESIDE = {"resampler_video": "resampler", "elastic": "resampler", "query_resampler": "query_resampler_anywhere"}
+BESIDE |= dict.fromkeys(("minicpm_v2", "uhd_resampler", "spatial_resampler"), "minicpm_v45")
 
 
 def published_keys(case: str) -> str:
-    return KEYS[case] + (" " + KEYS[FURTHER[case]] if case in FURTHER else "")
+    return KEYS[case] + (" " + KEYS[BESIDE[case]] if case in BESIDE else "")
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -48,6 +48,14 @@ def transpose_proj(weights):
     weights["proj"] = weights["proj"].T
 
 
+def swap_feed_forwards(weights):
+    """The queries get the text's."""
+    for layer in ("qformer.encoder.layer.0.intermediate", "qformer.encoder.layer.0.output"):
+        for name in [name for name in weights if name.startswith(f"{layer}.")]:
+            queries = name.replace(layer, f"{layer}_query")
+            weights[name], weights[queries] = weights[queries], weights[name]
+
+
 def drop(weights):
     del weights["2.bias"]
 
@@ -71,6 +79,7 @@ SPOILED_WEIGHTS = {
     "channel-major merge": ("pixel_shuffle", merge_channels_first, r"parity: plain: off by"),
     "rows and columns of a table": ("qwen_resampler", turn_the_table, r"parity: plain: off by"),
     "transposed raw parameter": ("uhd_resampler", transpose_proj, r"parity: plain: off by"),
+    "swapped feed-forwards": ("qformer_text", swap_feed_forwards, r"parity: plain: off by"),
     "dropped key": ("mlp", drop, r'load: .*Missing key\(s\) in state_dict: "2\.bias"'),
     "extra key": ("mlp", add, r'load: .*Unexpected key\(s\) in state_dict: "4\.weight"'),
     "wrong shape": ("mlp", misshape, r"load: .*size mismatch for 0\.weight"),
@@ -81,7 +90,10 @@ SPOILED_CONFIG = {
     "tanh GELU in the resampler": ("resampler", {"activation": "gelu_pytorch_tanh"}, r"parity: plain: off by"),
     "eps in the resampler": ("resampler", {"norm_eps": 1e-6}, r"parity: faint: off by"),
     "eps in the pixel shuffle": ("pixel_shuffle_mlp", {"norm_eps": 1e-6}, r"parity: faint: off by"),
+    "eps in the idefics2 resampler": ("idefics2_resampler", {"norm_eps": 1e-6}, r"parity: faint: off by"),
+    "the image before the question": ("query_resampler", {"reading_order": "image, text"}, r"load: .*'image, text'"),
     "other heads": ("resampler", {"heads": 4, "head_width": 2}, r"parity: plain: off by"),
+    "other heads in the Q-Former": ("qformer", {"heads": 4}, r"parity: plain: off by"),
     "other bins": ("avg_pool", {"pooled": [2, 3]}, r"parity: plain: off by"),
     "another number of tokens": ("avg_pool", {"pooled": [2, 2]}, r"output is \[2, 4, 12\], JAX gave \[2, 6, 12\]"),
     "turned grid": ("pixel_shuffle", {"grid": [6, 4]}, r"parity: plain: off by"),
@@ -111,12 +123,36 @@ SPOILED_CODE = {
         r"parity: masked: output is not finite",
     ),
     "padding is attended to": ("resampler", "torch.cat([valid,", "torch.cat([valid | True,", r"parity: masked: off by"),
+    "padded text is attended to": (
+        "qformer_text",
+        "torch.cat([everyone, text_valid]",
+        "torch.cat([everyone, text_valid | True]",
+        r"parity: plain: off by",
+    ),
+    "text reads the image": (
+        "qformer_text",
+        "queries, text = hidden[:, :num_queries], hidden[:, num_queries:]",
+        "queries, text = hidden, hidden[:, num_queries:]",
+        r"parity: plain: (off by|.*size)",
+    ),
     "an empty bin is valid": ("avg_pool", "some = share > 0", "some = share >= 0", r"parity: masked: other outputs"),
     "unseen samples count": (
         "spatial_resampler",
         "share / mass.where(mass > 0, 1)",
         "share.expand_as(mass)",
         r"parity: masked: off by",
+    ),
+    "padding of the question is read": (
+        "query_resampler",
+        "self.seen(text_valid), self.seen(valid)",
+        "None, self.seen(valid)",
+        r"parity: plain: off by",
+    ),
+    "other heads share": (
+        "idefics2_resampler",
+        ".repeat_interleave(self.shared_by, dim=1)",
+        ".repeat(1, self.shared_by, 1, 1)",
+        r"parity: plain: off by",
     ),
     "queries in another order": (
         "resampler",

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -62,11 +63,11 @@ class PerFrame(Compressor):
         check_grid(tokens_BNC, self.widths)
         B, F = len(tokens_BNC), self.widths.frames
 
-        def apart(per_token):
+        def apart(per_token: Any) -> Any:
             """[B, F * n, ...] as rows of their own."""
             return None if per_token is None else per_token.reshape(B * F, -1, *per_token.shape[2:])
 
-        def repeated(per_image):
+        def repeated(per_image: Any) -> Any:
             return None if per_image is None else jnp.repeat(per_image, F, axis=0)
 
         keys_B, index_B = repeated(context.keys_B), repeated(context.index_B)

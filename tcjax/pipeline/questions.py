@@ -21,8 +21,8 @@ class EvaluationSet(NamedTuple):
     index_B: int32 record of the split, for `Prepared.image` or a feature cache.
     task_B, question_B, answer_B: str. chance_B: float32, accuracy of the best guess without the image.
     tokens_BS, is_image_BS, valid_BS: the prompt, padded on the left. instruction_BT: the question's ids alone, -1 after
-    their end: what a query-conditioned compressor is told; all -1 is the null text. answer_BT: int32 ids of the answer and its end
-    mark, -1 after it.
+    their end, for a compressor that is told the question; all -1 is the null text.
+    answer_BT: int32 ids of the answer and its end mark, -1 after it.
     """
 
     index_B: np.ndarray
