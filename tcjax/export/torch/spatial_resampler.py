@@ -11,8 +11,6 @@ N is the grid, row by row. R is torchvision's roi_align (not aligned, adaptive s
 as a matrix. With a mask a sample is the mean of its valid cells; a region without any is not valid.
 """
 
-import math
-
 import torch
 from torch import nn
 from torch.nn import functional
@@ -45,18 +43,17 @@ class Compressor(nn.Module):
             tokens = tokens.masked_fill(~valid[..., None], 0)
         values = self.ln_kv(self.kv_proj(tokens))
         keys = values + self.key_positions().to(values.dtype)
-        matrix = self.regions().to(tokens.device)
+        matrix, regions = self.sampling().to(tokens.device), len(self.query)
         hidden = some = None
         if valid is not None:
             keys, values = (x.masked_fill(~valid[..., None], 0) for x in (keys, values))
-            mass = torch.einsum("qmn,bn->bqm", matrix, valid.float())
-            share = matrix.sum(-1)
-            some = (mass > 0).any(-1)
-            seen = (mass > 0) | (share == 0)
-            hidden = ~(seen | ~seen.any(-1, keepdim=True)).flatten(0, 1)
+            share, mass = matrix.sum(-1), (matrix @ valid.float()[..., None])[..., 0]
+            some = (mass > 0).unflatten(1, (regions, -1)).any(-1)
+            seen = ((mass > 0) | (share == 0)).reshape(batch * regions, -1)
+            hidden = ~(seen | ~seen.any(-1, keepdim=True))
             matrix = matrix * (share / mass.where(mass > 0, 1))[..., None]  # now one per image
-        spec = "qmn,bne->bqme" if valid is None else "bqmn,bne->bqme"
-        keys, values = (torch.einsum(spec, matrix, x.float()).to(x.dtype).flatten(0, 1) for x in (keys, values))
+        keys, values = ((matrix @ x.float()).to(x.dtype) for x in (keys, values))
+        keys, values = (x.reshape(batch * regions, -1, x.shape[-1]) for x in (keys, values))
         queries = self.ln_q(self.query) + self.pos_embed.to(self.query.dtype)
         queries = queries[:, None].repeat(batch, 1, 1)  # a region is a row of its own
         out = self.attn(queries, keys, values, key_padding_mask=hidden, need_weights=False)[0]
@@ -73,22 +70,22 @@ class Compressor(nn.Module):
         resized = functional.interpolate(square, size=(height, width), mode="bicubic", align_corners=False)
         return resized.permute(0, 2, 3, 1).reshape(height * width, size)
 
-    def regions(self) -> torch.Tensor:
-        """[Q, M, N]"""
+    def sampling(self) -> torch.Tensor:
+        """[Q * M, N]: every row averages the cells around one of the M sample points of a region."""
         side = self.config["regions"]
         rows, columns = (
             torch.tensor(samples_along(size, side, num))
             for size, num in zip(self.config["grid"], self.config["samples"], strict=True)
         )
         outer = rows[:, None, :, None, :, None] * columns[None, :, None, :, None, :]
-        return outer.flatten(4, 5).flatten(2, 3).flatten(0, 1)
+        return outer.flatten(4, 5).flatten(0, 3)
 
 
 def samples_along(size: int, regions: int, num: int) -> list:
     """[regions][num][size]: how `num` bins per region average the cells along one axis."""
     weights = [[[0.0] * size for _ in range(num)] for _ in range(regions)]
     length = max(size / regions, 1.0) / num  # of a bin
-    points = math.ceil(length)
+    points = int(-(-length // 1))  # rounded up
     for region in range(regions):
         for bin in range(num):
             for point in range(points):
