@@ -1,7 +1,7 @@
 """The catalogue of compressors: name -> config for a number of LLM tokens, everything else at its published default.
 
 `mlp` does not compress: it answers only to the tower's full number of tokens. Adding a compressor: one file in
-tcjax/compressors, one line here, one row in tests/test_compressors.py.
+tcjax/compressors, one line here, one row in tests/compressor_cases.py.
 """
 
 from tcjax.compressors import (
@@ -9,23 +9,44 @@ from tcjax.compressors import (
     chain,
     decoder_resampler,
     elastic,
+    gemma3_pool,
     idefics2_resampler,
     matryoshka_query,
+    learned_merge,
+    matryoshka_pool,
+    max_pool,
     mlp,
+    patch_merger,
     pixel_shuffle,
     qformer,
+    query_merge,
     query_resampler,
     qwen_resampler,
     resampler,
     resize_image,
     spatial_resampler,
+    random_tokens,
+    resampler,
+    resize_image,
+    staged_pool,
+    stride_tokens,
+    token_learner,
 )
 
 CATALOGUE = {
     "mlp": lambda num_queries: mlp.Config(num_queries=num_queries),
     "avg_pool": lambda num_queries: avg_pool.Config(num_queries=num_queries),
+    "avg_pool_after_mlp": lambda num_queries: avg_pool.Config(num_queries=num_queries, order="mlp, then pool"),
+    "max_pool": lambda num_queries: max_pool.Config(num_queries=num_queries),
+    "staged_pool": lambda num_queries: staged_pool.Config(num_queries=num_queries),
+    "gemma3_pool": lambda num_queries: gemma3_pool.Config(num_queries=num_queries),
+    "matryoshka_pool": lambda num_queries: matryoshka_pool.Config(num_queries=num_queries),
     "pixel_shuffle": lambda num_queries: pixel_shuffle.Config(num_queries=num_queries),
     "pixel_shuffle_mlp": lambda num_queries: pixel_shuffle.Config(num_queries=num_queries, head="mlp"),
+    "qwen2_vl_merger": lambda num_queries: patch_merger.Config(num_queries=num_queries),
+    "qwen2_5_vl_merger": lambda num_queries: patch_merger.Config(num_queries=num_queries, form="qwen2_5_vl"),
+    "qwen3_vl_merger": lambda num_queries: patch_merger.Config(num_queries=num_queries, form="qwen3_vl"),
+    "mistral3_merger": lambda num_queries: patch_merger.Config(num_queries=num_queries, form="mistral3"),
     "resampler": lambda num_queries: resampler.Config(num_queries=num_queries),
     "qwen_resampler": lambda num_queries: qwen_resampler.Config(num_queries=num_queries),
     "minicpm_resampler": lambda num_queries: qwen_resampler.Config(num_queries=num_queries, form="minicpm_v45"),
@@ -38,7 +59,16 @@ CATALOGUE = {
     "query_resampler": lambda num_queries: query_resampler.Config(num_queries=num_queries),
     "qformer": lambda num_queries: qformer.Config(num_queries=num_queries),
     "qformer_text": lambda num_queries: qformer.Config(num_queries=num_queries, text=True),  # InstructBLIP's
+    "random_tokens": lambda num_queries: random_tokens.Config(num_queries=num_queries),
+    "stride_tokens": lambda num_queries: stride_tokens.Config(num_queries=num_queries),
+    "first_tokens": lambda num_queries: stride_tokens.Config(num_queries=num_queries, mode="first"),
+    "learned_merge": lambda num_queries: learned_merge.Config(num_queries=num_queries),
+    "learned_merge_text": lambda num_queries: learned_merge.Config(num_queries=num_queries, text=True),
+    "query_merge": lambda num_queries: query_merge.Config(num_queries=num_queries),
+    "token_learner": lambda num_queries: token_learner.Config(num_queries=num_queries),
 }
+
+_MERGE = {"scorer": 64, "merger": 64, "metric": 32}
 
 # The same families for the digit boards, whose tower is 96 wide and whose LLM is 128 wide.
 SMALL_BERT = {"depth": 2, "width": 128, "heads": 4, "feed_forward": 512, "cross_every": 1}
@@ -62,6 +92,9 @@ BOARDS = CATALOGUE | {
     ),
     "qformer": lambda num_queries: qformer.Config(num_queries=num_queries, **SMALL_BERT),
     "qformer_text": lambda num_queries: qformer.Config(num_queries=num_queries, text=True, max_text=64, **SMALL_BERT),
+    "learned_merge": lambda num_queries: learned_merge.Config(num_queries=num_queries, **_MERGE),
+    "learned_merge_text": lambda num_queries: learned_merge.Config(num_queries=num_queries, text=True, **_MERGE),
+    "query_merge": lambda num_queries: query_merge.Config(num_queries=num_queries, inner=64),
 }
 
 
@@ -73,6 +106,7 @@ def wrapped(catalogue: dict) -> dict:
             parts=(
                 catalogue["avg_pool"](16 * num_queries),
                 catalogue["resampler"](4 * num_queries),
+                catalogue["learned_merge"](num_queries),
             )
         ),
     }

@@ -13,16 +13,27 @@ from tcjax.compressors import (
     chain,
     decoder_resampler,
     elastic,
+    gemma3_pool,
     idefics2_resampler,
     matryoshka_query,
+    learned_merge,
+    matryoshka_pool,
+    max_pool,
     mlp,
+    patch_merger,
     per_frame,
     pixel_shuffle,
     qformer,
+    query_merge,
     query_resampler,
     qwen_resampler,
     resampler,
     spatial_resampler,
+    random_tokens,
+    resampler,
+    staged_pool,
+    stride_tokens,
+    token_learner,
 )
 from tcjax.compressors.base import Widths
 from tcjax.export.artifact import export
@@ -32,8 +43,23 @@ WIDTHS = Widths(grid_HW=(4, 6), vision_C=8, llm_D=12, text_D=10, levels=2)
 CASES = {
     "mlp": mlp.Config(),
     "avg_pool": avg_pool.Config(num_queries=6, shape=(3, 2)),  # 4 rows into 3 bins: they overlap
+    "avg_pool_after_mlp": avg_pool.Config(num_queries=9, order="mlp, then pool", depth=1),
+    "max_pool": max_pool.Config(num_queries=6, shape=(3, 2)),
+    "max_pool_after_mlp": max_pool.Config(num_queries=9, order="mlp, then pool"),
+    "staged_pool": staged_pool.Config(num_queries=9, kernel=3, expand=2),
+    "gemma3_pool": gemma3_pool.Config(num_queries=6),
+    "matryoshka_pool": matryoshka_pool.Config(num_queries=6, scales=(1, 6, 24)),
+    "random_tokens": random_tokens.Config(num_queries=10, seed=3),
+    "stride_tokens": stride_tokens.Config(num_queries=9),
+    "first_tokens": stride_tokens.Config(num_queries=10, mode="first"),
     "pixel_shuffle": pixel_shuffle.Config(num_queries=6),
     "pixel_shuffle_mlp": pixel_shuffle.Config(num_queries=6, head="mlp"),
+    "pixel_shuffle_v1": pixel_shuffle.Config(num_queries=6, head="mlp", token_order="column by column"),
+    "qwen2_vl": patch_merger.Config(num_queries=6),
+    "qwen2_5_vl": patch_merger.Config(num_queries=6, form="qwen2_5_vl"),
+    "qwen3_vl": patch_merger.Config(num_queries=6, form="qwen3_vl"),
+    "qwen3_vl_deepstack": patch_merger.Config(num_queries=6, form="qwen3_vl_deepstack"),
+    "mistral3": patch_merger.Config(num_queries=6, form="mistral3"),
     "resampler": resampler.Config(num_queries=5, depth=2, heads=2, head_width=4, ff_mult=2),
     "resampler_video": resampler.Config(
         num_queries=3, depth=2, heads=2, head_width=4, ff_mult=2, max_queries=5, max_frames=2, max_media=3
@@ -61,6 +87,12 @@ CASES = {
     "qformer_text": qformer.Config(
         num_queries=5, depth=2, width=8, heads=2, feed_forward=16, cross_every=1, text=True, max_text=6
     ),
+    "learned_merge": learned_merge.Config(num_queries=5, scorer=8, merger=6, metric=4),
+    "learned_merge_told": learned_merge.Config(num_queries=5, scorer=8, merger=6, metric=4, text=True, prior=True),
+    "learned_merge_literal": learned_merge.Config(num_queries=20, scorer=8, literal=True),
+    "query_merge": query_merge.Config(num_queries=3, inner=6, max_queries=5),
+    "query_merge_literal": query_merge.Config(num_queries=5, inner=6, literal=True),
+    "token_learner": token_learner.Config(num_queries=5, hidden=6),
 }
 PROVENANCE = {"tower": {"name": "tiny", "weights": "0f" * 32}, "training": {"steps": 2180}}
 ROWS = [{"num_queries": 6, "accuracy": 0.51234}, {"num_queries": 24, "accuracy": 0.75, "seed": 1}]

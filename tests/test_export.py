@@ -39,11 +39,45 @@ def both(prefix: str, modules: str) -> str:
 KEYS = {  # as published; a wrong name is only a warning to most loaders
     "mlp": "0.bias 0.weight 2.bias 2.weight",
     "avg_pool": "0.bias 0.weight 2.bias 2.weight",
+    "avg_pool_after_mlp": "0.bias 0.weight",
+    "max_pool": "0.bias 0.weight 2.bias 2.weight",
+    "max_pool_after_mlp": "0.bias 0.weight 2.bias 2.weight",
+    "staged_pool": "blocks.{i}.dwconv.bias blocks.{i}.dwconv.weight blocks.{i}.layer_scale_parameter "
+    "blocks.{i}.layernorm.bias blocks.{i}.layernorm.weight blocks.{i}.pwconv1.bias blocks.{i}.pwconv1.weight "
+    "blocks.{i}.pwconv2.bias blocks.{i}.pwconv2.weight "
+    "mm_projector.0.bias mm_projector.0.weight mm_projector.2.bias mm_projector.2.weight",
+    "gemma3_pool": "mm_input_projection_weight mm_soft_emb_norm.weight",
+    "matryoshka_pool": "0.bias 0.weight 2.bias 2.weight",
+    "random_tokens": "0.bias 0.weight 2.bias 2.weight",
+    "stride_tokens": "0.bias 0.weight 2.bias 2.weight",
+    "first_tokens": "0.bias 0.weight 2.bias 2.weight",
     "pixel_shuffle": "modality_projection.proj.weight",
     "pixel_shuffle_mlp": "mlp1.0.bias mlp1.0.weight mlp1.1.bias mlp1.1.weight mlp1.3.bias mlp1.3.weight",
     "chain": "parts.0.0.bias parts.0.0.weight parts.0.2.bias parts.0.2.weight parts.1.modality_projection.proj.weight",
     "per_frame": "each.0.bias each.0.weight each.2.bias each.2.weight",
     "elastic": "",
+    "pixel_shuffle_v1": "mlp1.0.bias mlp1.0.weight mlp1.1.bias mlp1.1.weight mlp1.3.bias mlp1.3.weight",
+    "qwen2_vl": "ln_q.bias ln_q.weight mlp.0.bias mlp.0.weight mlp.2.bias mlp.2.weight",
+    "qwen2_5_vl": "ln_q.weight mlp.0.bias mlp.0.weight mlp.2.bias mlp.2.weight",
+    "qwen3_vl": "linear_fc1.bias linear_fc1.weight linear_fc2.bias linear_fc2.weight norm.bias norm.weight",
+    "qwen3_vl_deepstack": "linear_fc1.bias linear_fc1.weight linear_fc2.bias linear_fc2.weight norm.bias norm.weight",
+    "mistral3": "linear_1.weight linear_2.weight norm.weight patch_merger.merging_layer.weight",
+    "learned_merge": "importance_network.local.bias importance_network.local.weight importance_network.mixed.bias "
+    "importance_network.mixed.weight importance_network.norm.bias importance_network.norm.weight "
+    "importance_network.overall.weight importance_network.score.weight merger_network.back.weight "
+    "merger_network.dropped.weight merger_network.kept.bias merger_network.kept.weight metric.weight "
+    "out.0.bias out.0.weight out.2.bias out.2.weight",
+    "learned_merge_told": "importance_network.text_norm.bias importance_network.text_norm.weight "
+    "importance_network.text_query.weight importance_network.token_key.weight importance_network.trust",  # beside those
+    "learned_merge_literal": "importance_network.0.bias importance_network.0.weight importance_network.2.bias "
+    "importance_network.2.weight merger_network.0.bias merger_network.0.weight merger_network.2.bias "
+    "merger_network.2.weight out.0.bias out.0.weight out.2.bias out.2.weight",
+    "query_merge": "norm.bias norm.weight out.0.bias out.0.weight out.2.bias out.2.weight relevance.key.weight "
+    "relevance.norm.bias relevance.norm.weight relevance.query.weight slot_key.weight slots",
+    "query_merge_literal": "norm.bias norm.weight out.0.bias out.0.weight out.2.bias out.2.weight "
+    "relevance.query.weight slot_key.weight slots",
+    "token_learner": "LayerNorm_0.bias LayerNorm_0.weight out.0.bias out.0.weight out.2.bias out.2.weight "
+    "token_masking.Dense_0.bias token_masking.Dense_0.weight token_masking.Dense_1.weight",
     "resampler_video": "frame_embs media_time_embs",  # beside the resampler's
     "idefics2_resampler": "modality_projection.gate_proj.weight modality_projection.up_proj.weight "
     "modality_projection.down_proj.weight perceiver_resampler.latents perceiver_resampler.norm.weight "
@@ -85,6 +119,12 @@ KEYS = {  # as published; a wrong name is only a warning to most loaders
 
 BESIDE = {"resampler_video": "resampler", "elastic": "resampler", "query_resampler": "query_resampler_anywhere"}
 BESIDE |= dict.fromkeys(("minicpm_v2", "uhd_resampler", "spatial_resampler"), "minicpm_v45")
+BESIDE = {
+    "resampler_video": "resampler",
+    "elastic": "resampler",
+    "query_resampler": "query_resampler_anywhere",
+    "learned_merge_told": "learned_merge",
+}
 
 
 def published_keys(case: str) -> str:

@@ -62,5 +62,10 @@ def perceiver_layer(ours: str, theirs: str) -> list[Name]:
     return table
 
 
+def mlp(ours: str, theirs: str, depth: int) -> list[Name]:
+    """tcjax.nn.mlp.Mlp <-> nn.Sequential whose even members are linear; `theirs` is "" or ends in a dot."""
+    return [line for k in range(depth) for line in linear(f"{ours}/linears/{k}", f"{theirs}{2 * k}")]
+
+
 def _bias(ours: str, theirs: str, has: bool) -> list[Name]:
     return [Name(f"{ours}/bias", f"{theirs}.bias", "same")] if has else []
