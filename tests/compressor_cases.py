@@ -20,7 +20,7 @@ from tcjax.compressors import (
     token_learner,
 )
 from tcjax.compressors.base import Widths
-from tests import pool_cases
+from tests import pool_cases, sincos_cases
 
 WIDTHS = Widths(grid_HW=(4, 6), vision_C=12, llm_D=16, text_D=10, levels=2)
 TINY = {"depth": 2, "heads": 2, "head_width": 4, "ff_mult": 2}
@@ -70,10 +70,14 @@ CASES = {  # name: (tiny config, Q, vdot(tokens, noise) with planted weights)
     "query_merge_literal": (query_merge.Config(num_queries=5, inner=6, literal=True), 5, 2.58572),
     "token_learner": (token_learner.Config(num_queries=5, hidden=8), 5, -0.86022),
     **pool_cases.CASES,
+    **sincos_cases.CASES,
 }
 # Weights of published files that reach no output, {family: {path: layers}}: a key's bias cancels in the softmax, and the
 # text is dropped after the last layer, the last group's second, so that its feed-forward there is for nothing.
-UNFELT = {"qformer": {".*/key/bias": slice(None), "groups/layers/1/text_ff/.*": slice(-1, None)}}
+UNFELT = {
+    "qformer": {".*/key/bias": slice(None), "groups/layers/1/text_ff/.*": slice(-1, None)},
+    "matryoshka_query": {"ln_k/bias": slice(None)},
+}
 # No gradient can reach these: their hard choice multiplies nothing by its scores. {case: path of what never learns}
 UNREACHED = {"learned_merge_literal": "importance"}
 SELECTING = {"random_tokens", "stride_tokens"}  # they leave most tokens unread on purpose
@@ -98,6 +102,7 @@ IMPOSSIBLE = {  # name: (config, what the message must say)
     "query_merge": (query_merge.Config(num_queries=6, max_queries=5), r"num_queries=6: .* up to max_queries=5"),
     "token_learner": (token_learner.Config(num_queries=0), r"num_queries=0: .* from 1 up"),
     **pool_cases.IMPOSSIBLE,
+    **sincos_cases.IMPOSSIBLE,
 }
 IMPOSSIBLE_CHOICES = [
     (pixel_shuffle.Config(num_queries=6, head="conv"), r"head='conv' .*\['linear', 'mlp'\]"),
@@ -113,4 +118,5 @@ IMPOSSIBLE_CHOICES = [
     (qformer.Config(width=100), "heads=12 must divide width=100"),
     (qformer.Config(depth=12, cross_every=5), "cross_every=5 must divide depth=12"),
     *pool_cases.IMPOSSIBLE_CHOICES,
+    *sincos_cases.IMPOSSIBLE_CHOICES,
 ]
