@@ -6,14 +6,16 @@ tcjax/compressors, one line here, one row in tests/compressor_cases.py.
 
 from tcjax.compressors import (
     avg_pool,
+    c_abstractor,
     chain,
+    d_abstractor,
     decoder_resampler,
     elastic,
     gemma3_pool,
     idefics2_resampler,
-    matryoshka_query,
     learned_merge,
     matryoshka_pool,
+    matryoshka_query,
     max_pool,
     mlp,
     patch_merger,
@@ -22,12 +24,10 @@ from tcjax.compressors import (
     query_merge,
     query_resampler,
     qwen_resampler,
-    resampler,
-    resize_image,
-    spatial_resampler,
     random_tokens,
     resampler,
     resize_image,
+    spatial_resampler,
     staged_pool,
     stride_tokens,
     token_learner,
@@ -48,12 +48,6 @@ CATALOGUE = {
     "qwen3_vl_merger": lambda num_queries: patch_merger.Config(num_queries=num_queries, form="qwen3_vl"),
     "mistral3_merger": lambda num_queries: patch_merger.Config(num_queries=num_queries, form="mistral3"),
     "resampler": lambda num_queries: resampler.Config(num_queries=num_queries),
-    "qwen_resampler": lambda num_queries: qwen_resampler.Config(num_queries=num_queries),
-    "minicpm_resampler": lambda num_queries: qwen_resampler.Config(num_queries=num_queries, form="minicpm_v45"),
-    "uhd_resampler": lambda num_queries: qwen_resampler.Config(num_queries=num_queries, form="uhd"),
-    "spatial_resampler": lambda num_queries: spatial_resampler.Config(num_queries=num_queries),
-    "matryoshka_query": lambda num_queries: matryoshka_query.Config(num_queries=num_queries),
-    "decoder_resampler": lambda num_queries: decoder_resampler.Config(num_queries=num_queries),
     "resize_image": lambda num_queries: resize_image.Config(num_queries=num_queries),
     "idefics2_resampler": lambda num_queries: idefics2_resampler.Config(num_queries=num_queries),
     "query_resampler": lambda num_queries: query_resampler.Config(num_queries=num_queries),
@@ -66,6 +60,14 @@ CATALOGUE = {
     "learned_merge_text": lambda num_queries: learned_merge.Config(num_queries=num_queries, text=True),
     "query_merge": lambda num_queries: query_merge.Config(num_queries=num_queries),
     "token_learner": lambda num_queries: token_learner.Config(num_queries=num_queries),
+    "c_abstractor": lambda num_queries: c_abstractor.Config(num_queries=num_queries),
+    "d_abstractor": lambda num_queries: d_abstractor.Config(num_queries=num_queries),
+    "qwen_resampler": lambda num_queries: qwen_resampler.Config(num_queries=num_queries),
+    "minicpm_resampler": lambda num_queries: qwen_resampler.Config(num_queries=num_queries, form="minicpm_v45"),
+    "uhd_resampler": lambda num_queries: qwen_resampler.Config(num_queries=num_queries, form="uhd"),
+    "spatial_resampler": lambda num_queries: spatial_resampler.Config(num_queries=num_queries),
+    "matryoshka_query": lambda num_queries: matryoshka_query.Config(num_queries=num_queries),
+    "decoder_resampler": lambda num_queries: decoder_resampler.Config(num_queries=num_queries),
 }
 
 _MERGE = {"scorer": 64, "merger": 64, "metric": 32}
@@ -74,16 +76,6 @@ _MERGE = {"scorer": 64, "merger": 64, "metric": 32}
 SMALL_BERT = {"depth": 2, "width": 128, "heads": 4, "feed_forward": 512, "cross_every": 1}
 BOARDS = CATALOGUE | {
     "resampler": lambda num_queries: resampler.Config(num_queries=num_queries, depth=2, heads=4, head_width=32),
-    "qwen_resampler": lambda num_queries: qwen_resampler.Config(num_queries=num_queries, head_width=32),
-    "minicpm_resampler": lambda num_queries: qwen_resampler.Config(
-        num_queries=num_queries, form="minicpm_v45", head_width=32
-    ),
-    "uhd_resampler": lambda num_queries: qwen_resampler.Config(num_queries=num_queries, form="uhd", head_width=32),
-    "spatial_resampler": lambda num_queries: spatial_resampler.Config(num_queries=num_queries, head_width=32),
-    "matryoshka_query": lambda num_queries: matryoshka_query.Config(num_queries=num_queries, head_width=32),
-    "decoder_resampler": lambda num_queries: decoder_resampler.Config(
-        num_queries=num_queries, heads=4, feed_forward=384
-    ),
     "idefics2_resampler": lambda num_queries: idefics2_resampler.Config(
         num_queries=num_queries, depth=2, heads=4, kv_heads=2, head_width=32, projection=256
     ),
@@ -95,6 +87,20 @@ BOARDS = CATALOGUE | {
     "learned_merge": lambda num_queries: learned_merge.Config(num_queries=num_queries, **_MERGE),
     "learned_merge_text": lambda num_queries: learned_merge.Config(num_queries=num_queries, text=True, **_MERGE),
     "query_merge": lambda num_queries: query_merge.Config(num_queries=num_queries, inner=64),
+    "c_abstractor": lambda num_queries: c_abstractor.Config(num_queries=num_queries, depth=2, hidden=96),
+    "d_abstractor": lambda num_queries: d_abstractor.Config(
+        num_queries=num_queries, width=128, depth=2, heads=4, feed_forward=128
+    ),
+    "qwen_resampler": lambda num_queries: qwen_resampler.Config(num_queries=num_queries, head_width=32),
+    "minicpm_resampler": lambda num_queries: qwen_resampler.Config(
+        num_queries=num_queries, form="minicpm_v45", head_width=32
+    ),
+    "uhd_resampler": lambda num_queries: qwen_resampler.Config(num_queries=num_queries, form="uhd", head_width=32),
+    "spatial_resampler": lambda num_queries: spatial_resampler.Config(num_queries=num_queries, head_width=32),
+    "matryoshka_query": lambda num_queries: matryoshka_query.Config(num_queries=num_queries, head_width=32),
+    "decoder_resampler": lambda num_queries: decoder_resampler.Config(
+        num_queries=num_queries, heads=4, feed_forward=384
+    ),
 }
 
 

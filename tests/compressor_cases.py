@@ -5,7 +5,9 @@ A new compressor is one row of CASES; its checksum is what the failing test prin
 
 from tcjax.compressors import (
     avg_pool,
+    c_abstractor,
     chain,
+    d_abstractor,
     elastic,
     idefics2_resampler,
     learned_merge,
@@ -23,6 +25,7 @@ from tcjax.compressors.base import Widths
 from tests import pool_cases, sincos_cases
 
 WIDTHS = Widths(grid_HW=(4, 6), vision_C=12, llm_D=16, text_D=10, levels=2)
+LOOK = {"width": 8, "depth": 2, "heads": 2, "points": 2, "feed_forward": 10}
 TINY = {"depth": 2, "heads": 2, "head_width": 4, "ff_mult": 2}
 GROUPED = {"heads": 4, "kv_heads": 2, "head_width": 4, "ff_mult": 2}
 APART = {"scorer": 8, "merger": 6, "metric": 6}  # the last one kept and the first dropped score differ by > 4 %
@@ -69,6 +72,19 @@ CASES = {  # name: (tiny config, Q, vdot(tokens, noise) with planted weights)
     "query_merge_prefix": (query_merge.Config(num_queries=3, max_queries=5, inner=6), 3, 1.3034),
     "query_merge_literal": (query_merge.Config(num_queries=5, inner=6, literal=True), 5, 2.58572),
     "token_learner": (token_learner.Config(num_queries=5, hidden=8), 5, -0.86022),
+    "c_abstractor": (c_abstractor.Config(num_queries=9, hidden=16, depth=2), 9, -6.2855),
+    "c_abstractor_bare": (
+        c_abstractor.Config(num_queries=6, shape=(2, 3), hidden=12, depth=2, mlp_depth=1, pos_emb=False, prenorm=True),
+        6,
+        3.23216,
+    ),
+    "c_abstractor_pool": (c_abstractor.Config(num_queries=9, depth=0), 9, -3.60995),
+    "d_abstractor": (d_abstractor.Config(num_queries=9, **LOOK), 9, 3.68054),
+    "d_abstractor_content": (
+        d_abstractor.Config(num_queries=6, shape=(3, 2), pooled_v_target="tgt", pos_emb=False, **LOOK | {"width": 12}),
+        6,
+        -6.2042,
+    ),
     **pool_cases.CASES,
     **sincos_cases.CASES,
 }
@@ -76,12 +92,13 @@ CASES = {  # name: (tiny config, Q, vdot(tokens, noise) with planted weights)
 # text is dropped after the last layer, the last group's second, so that its feed-forward there is for nothing.
 UNFELT = {
     "qformer": {".*/key/bias": slice(None), "groups/layers/1/text_ff/.*": slice(-1, None)},
+    "d_abstractor": {".*/key/bias": slice(None)},
     "matryoshka_query": {"ln_k/bias": slice(None)},
 }
 # No gradient can reach these: their hard choice multiplies nothing by its scores. {case: path of what never learns}
 UNREACHED = {"learned_merge_literal": "importance"}
 SELECTING = {"random_tokens", "stride_tokens"}  # they leave most tokens unread on purpose
-FEWER = {"avg_pool": 4, "mlp": 4} | pool_cases.FEWER  # of a family whose cases cannot give 2
+FEWER = {"avg_pool": 4, "mlp": 4, "c_abstractor": 4} | pool_cases.FEWER  # of a family whose cases cannot give 2
 
 IMPOSSIBLE = {  # name: (config, what the message must say)
     "mlp": (mlp.Config(num_queries=6), r"num_queries=6 .* 4x6 grid; possible: \[24\]"),
@@ -101,6 +118,8 @@ IMPOSSIBLE = {  # name: (config, what the message must say)
     "learned_merge": (learned_merge.Config(num_queries=25), r"num_queries=25: .* 4x6 .* from 1 to 24 can be kept"),
     "query_merge": (query_merge.Config(num_queries=6, max_queries=5), r"num_queries=6: .* up to max_queries=5"),
     "token_learner": (token_learner.Config(num_queries=0), r"num_queries=0: .* from 1 up"),
+    "c_abstractor": (c_abstractor.Config(num_queries=6), r"num_queries=6 .* possible: \[1, 4, 9, 16\]"),
+    "d_abstractor": (d_abstractor.Config(num_queries=144), r"num_queries=144 .* possible: \[1, 4, 9, 16\]"),
     **pool_cases.IMPOSSIBLE,
     **sincos_cases.IMPOSSIBLE,
 }
@@ -117,6 +136,7 @@ IMPOSSIBLE_CHOICES = [
     (qformer.Config(cross_every=0), "cross_every=0: .* at least 1"),
     (qformer.Config(width=100), "heads=12 must divide width=100"),
     (qformer.Config(depth=12, cross_every=5), "cross_every=5 must divide depth=12"),
+    (d_abstractor.Config(num_queries=4, pooled_v_target="both"), r"'both' .*\['query', 'tgt', 'none'\]"),
     *pool_cases.IMPOSSIBLE_CHOICES,
     *sincos_cases.IMPOSSIBLE_CHOICES,
 ]

@@ -10,14 +10,16 @@ from flax import nnx
 
 from tcjax.compressors import (
     avg_pool,
+    c_abstractor,
     chain,
+    d_abstractor,
     decoder_resampler,
     elastic,
     gemma3_pool,
     idefics2_resampler,
-    matryoshka_query,
     learned_merge,
     matryoshka_pool,
+    matryoshka_query,
     max_pool,
     mlp,
     patch_merger,
@@ -27,10 +29,9 @@ from tcjax.compressors import (
     query_merge,
     query_resampler,
     qwen_resampler,
-    resampler,
-    spatial_resampler,
     random_tokens,
     resampler,
+    spatial_resampler,
     staged_pool,
     stride_tokens,
     token_learner,
@@ -61,16 +62,17 @@ CASES = {
     "qwen3_vl_deepstack": patch_merger.Config(num_queries=6, form="qwen3_vl_deepstack"),
     "mistral3": patch_merger.Config(num_queries=6, form="mistral3"),
     "resampler": resampler.Config(num_queries=5, depth=2, heads=2, head_width=4, ff_mult=2),
+    "c_abstractor": c_abstractor.Config(num_queries=9, depth=2, hidden=12),  # 4 x 6 into 3 x 3: rows overlap
+    "c_abstractor_bare": c_abstractor.Config(
+        num_queries=6, shape=(2, 3), depth=2, hidden=8, mlp_depth=3, pos_emb=False, prenorm=True
+    ),
+    "d_abstractor": d_abstractor.Config(num_queries=9, width=16, depth=2, heads=2, points=3, feed_forward=10),
+    "d_abstractor_bare": d_abstractor.Config(  # as wide as the LLM: no output_proj
+        num_queries=6, shape=(3, 2), width=12, depth=2, heads=3, points=2, feed_forward=10, pooled_v_target="none"
+    ),
     "resampler_video": resampler.Config(
         num_queries=3, depth=2, heads=2, head_width=4, ff_mult=2, max_queries=5, max_frames=2, max_media=3
     ),
-    "qwen_resampler": qwen_resampler.Config(num_queries=3, max_queries=4, head_width=6),
-    "minicpm_v2": qwen_resampler.Config(num_queries=4, form="minicpm_v2", head_width=6),
-    "minicpm_v45": qwen_resampler.Config(num_queries=5, form="minicpm_v45", head_width=4),
-    "uhd_resampler": qwen_resampler.Config(num_queries=4, form="uhd", head_width=6),
-    "spatial_resampler": spatial_resampler.Config(num_queries=4, head_width=6),
-    "matryoshka_query": matryoshka_query.Config(num_queries=3, max_queries=4, head_width=4),
-    "decoder_resampler": decoder_resampler.Config(num_queries=3, max_queries=5, heads=2, feed_forward=20),
     "chain": chain.Config(parts=(avg_pool.Config(num_queries=9), pixel_shuffle.Config(num_queries=1))),
     "per_frame": per_frame.Config(each=avg_pool.Config(num_queries=4)),
     "elastic": elastic.Config(of=resampler.Config(num_queries=5, depth=2, heads=2, head_width=4, ff_mult=2)),
@@ -93,6 +95,13 @@ CASES = {
     "query_merge": query_merge.Config(num_queries=3, inner=6, max_queries=5),
     "query_merge_literal": query_merge.Config(num_queries=5, inner=6, literal=True),
     "token_learner": token_learner.Config(num_queries=5, hidden=6),
+    "qwen_resampler": qwen_resampler.Config(num_queries=3, max_queries=4, head_width=6),
+    "minicpm_v2": qwen_resampler.Config(num_queries=4, form="minicpm_v2", head_width=6),
+    "minicpm_v45": qwen_resampler.Config(num_queries=5, form="minicpm_v45", head_width=4),
+    "uhd_resampler": qwen_resampler.Config(num_queries=4, form="uhd", head_width=6),
+    "spatial_resampler": spatial_resampler.Config(num_queries=4, head_width=6),
+    "matryoshka_query": matryoshka_query.Config(num_queries=3, max_queries=4, head_width=4),
+    "decoder_resampler": decoder_resampler.Config(num_queries=3, max_queries=5, heads=2, feed_forward=20),
 }
 PROVENANCE = {"tower": {"name": "tiny", "weights": "0f" * 32}, "training": {"steps": 2180}}
 ROWS = [{"num_queries": 6, "accuracy": 0.51234}, {"num_queries": 24, "accuracy": 0.75, "seed": 1}]

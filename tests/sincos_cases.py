@@ -60,3 +60,24 @@ IMPOSSIBLE_CHOICES = [
     (decoder_resampler.Config(heads=5), "heads=5 must divide the width 12"),
     (decoder_resampler.Config(heads=4, depth=0), "depth=0: .* at least 1"),
 ]
+
+KEYS = {  # the published names of exported cases, for tests/test_export.py
+    "qwen_resampler": "attn_pool.attn.in_proj_bias attn_pool.attn.in_proj_weight attn_pool.attn.out_proj.bias "
+    "attn_pool.attn.out_proj.weight attn_pool.kv_proj.weight attn_pool.ln_kv.bias attn_pool.ln_kv.weight "
+    "attn_pool.ln_q.bias attn_pool.ln_q.weight attn_pool.pos_embed attn_pool.query ln_post.bias ln_post.weight proj",
+    "minicpm_v2": "pos_embed",  # beside those of minicpm_v45, whose table is computed
+    "minicpm_v45": "attn.in_proj_bias attn.in_proj_weight attn.out_proj.bias attn.out_proj.weight kv_proj.weight "
+    "ln_kv.bias ln_kv.weight ln_post.bias ln_post.weight ln_q.bias ln_q.weight proj query",
+    "uhd_resampler": "pos_embed",
+    "spatial_resampler": "pos_embed",
+    "matryoshka_query": "attn.in_proj_bias attn.in_proj_weight attn.out_proj.bias attn.out_proj.weight "
+    "ln_k.bias ln_k.weight ln_q.bias ln_q.weight ln_v.bias ln_v.weight pos_embed proj query",
+    "decoder_resampler": "queries out_proj.bias out_proj.weight "
+    "layers.{i}.self_attn.in_proj_bias layers.{i}.self_attn.in_proj_weight layers.{i}.self_attn.out_proj.bias "
+    "layers.{i}.self_attn.out_proj.weight layers.{i}.multihead_attn.in_proj_bias "
+    "layers.{i}.multihead_attn.in_proj_weight layers.{i}.multihead_attn.out_proj.bias "
+    "layers.{i}.multihead_attn.out_proj.weight layers.{i}.linear1.bias layers.{i}.linear1.weight "
+    "layers.{i}.linear2.bias layers.{i}.linear2.weight layers.{i}.norm1.bias layers.{i}.norm1.weight "
+    "layers.{i}.norm2.bias layers.{i}.norm2.weight layers.{i}.norm3.bias layers.{i}.norm3.weight",
+}
+BESIDE = dict.fromkeys(("minicpm_v2", "uhd_resampler", "spatial_resampler"), "minicpm_v45")  # whose keys it has, too

@@ -18,6 +18,7 @@ from tcjax.export.artifact import ArtifactMismatch, export, load_artifact
 from tcjax.export.torch import verify
 from tcjax.interop import names, tensors
 from tcjax.record import file_hash
+from tests import sincos_cases
 from tests.exported import CASES, PROVENANCE, ROWS, WIDTHS, artifact, artifact_copy, built
 
 IDEFICS2_LAYER = (
@@ -36,6 +37,9 @@ def both(prefix: str, modules: str) -> str:
     return " ".join(f"{prefix}{module}.{name}" for module in modules.split() for name in ("bias", "weight"))
 
 
+BLOCK = "conv1.conv.weight conv1.bn.weight conv1.bn.bias conv2.conv.weight conv2.bn.weight conv2.bn.bias se.fc1.weight "
+BLOCK += "se.fc1.bias se.fc2.weight se.fc2.bias conv3.conv.weight conv3.bn.weight conv3.bn.bias"
+BLOCKS = " ".join(f"net.{k}.b{b}.{key}" for k in (0, 2) for b in (1, 2) for key in BLOCK.split())
 KEYS = {  # as published; a wrong name is only a warning to most loaders
     "mlp": "0.bias 0.weight 2.bias 2.weight",
     "avg_pool": "0.bias 0.weight 2.bias 2.weight",
@@ -78,6 +82,21 @@ KEYS = {  # as published; a wrong name is only a warning to most loaders
     "relevance.query.weight slot_key.weight slots",
     "token_learner": "LayerNorm_0.bias LayerNorm_0.weight out.0.bias out.0.weight out.2.bias out.2.weight "
     "token_masking.Dense_0.bias token_masking.Dense_0.weight token_masking.Dense_1.weight",
+    "c_abstractor": f"{BLOCKS} pos_emb readout.0.bias readout.0.weight readout.2.bias readout.2.weight "
+    "net.0.b1.downsample.conv.weight net.0.b1.downsample.bn.weight net.0.b1.downsample.bn.bias",
+    "c_abstractor_bare": f"{BLOCKS} prenorm.bias prenorm.weight readout.0.bias readout.0.weight readout.2.bias "
+    "readout.2.weight readout.4.bias readout.4.weight",
+    "d_abstractor_bare": "input_proj.0.bias input_proj.0.weight query_position_embeddings.weight reference_points v_pos_emb "
+    "layers.{i}.self_attn.k_proj.bias layers.{i}.self_attn.k_proj.weight layers.{i}.self_attn.v_proj.bias "
+    "layers.{i}.self_attn.v_proj.weight layers.{i}.self_attn.q_proj.bias layers.{i}.self_attn.q_proj.weight "
+    "layers.{i}.self_attn.out_proj.bias layers.{i}.self_attn.out_proj.weight layers.{i}.self_attn_layer_norm.bias "
+    "layers.{i}.self_attn_layer_norm.weight layers.{i}.encoder_attn.sampling_offsets.bias "
+    "layers.{i}.encoder_attn.sampling_offsets.weight layers.{i}.encoder_attn.attention_weights.bias "
+    "layers.{i}.encoder_attn.attention_weights.weight layers.{i}.encoder_attn.value_proj.bias "
+    "layers.{i}.encoder_attn.value_proj.weight layers.{i}.encoder_attn.output_proj.bias "
+    "layers.{i}.encoder_attn.output_proj.weight layers.{i}.encoder_attn_layer_norm.bias "
+    "layers.{i}.encoder_attn_layer_norm.weight layers.{i}.fc1.bias layers.{i}.fc1.weight layers.{i}.fc2.bias "
+    "layers.{i}.fc2.weight layers.{i}.final_layer_norm.bias layers.{i}.final_layer_norm.weight",
     "resampler_video": "frame_embs media_time_embs",  # beside the resampler's
     "idefics2_resampler": "modality_projection.gate_proj.weight modality_projection.up_proj.weight "
     "modality_projection.down_proj.weight perceiver_resampler.latents perceiver_resampler.norm.weight "
@@ -91,40 +110,24 @@ KEYS = {  # as published; a wrong name is only a warning to most loaders
     "layers.{i}.0.norm_latents.bias layers.{i}.0.norm_latents.weight layers.{i}.0.norm_media.bias "
     "layers.{i}.0.norm_media.weight layers.{i}.0.to_kv.weight layers.{i}.0.to_out.weight layers.{i}.0.to_q.weight "
     "layers.{i}.1.0.bias layers.{i}.1.0.weight layers.{i}.1.1.weight layers.{i}.1.3.weight",
-    "qwen_resampler": "attn_pool.attn.in_proj_bias attn_pool.attn.in_proj_weight attn_pool.attn.out_proj.bias "
-    "attn_pool.attn.out_proj.weight attn_pool.kv_proj.weight attn_pool.ln_kv.bias attn_pool.ln_kv.weight "
-    "attn_pool.ln_q.bias attn_pool.ln_q.weight attn_pool.pos_embed attn_pool.query ln_post.bias ln_post.weight proj",
-    "minicpm_v2": "pos_embed",  # beside those of minicpm_v45, whose table is computed
-    "minicpm_v45": "attn.in_proj_bias attn.in_proj_weight attn.out_proj.bias attn.out_proj.weight kv_proj.weight "
-    "ln_kv.bias ln_kv.weight ln_post.bias ln_post.weight ln_q.bias ln_q.weight proj query",
-    "uhd_resampler": "pos_embed",
-    "spatial_resampler": "pos_embed",
-    "matryoshka_query": "attn.in_proj_bias attn.in_proj_weight attn.out_proj.bias attn.out_proj.weight "
-    "ln_k.bias ln_k.weight ln_q.bias ln_q.weight ln_v.bias ln_v.weight pos_embed proj query",
-    "decoder_resampler": "queries out_proj.bias out_proj.weight "
-    "layers.{i}.self_attn.in_proj_bias layers.{i}.self_attn.in_proj_weight layers.{i}.self_attn.out_proj.bias "
-    "layers.{i}.self_attn.out_proj.weight layers.{i}.multihead_attn.in_proj_bias "
-    "layers.{i}.multihead_attn.in_proj_weight layers.{i}.multihead_attn.out_proj.bias "
-    "layers.{i}.multihead_attn.out_proj.weight layers.{i}.linear1.bias layers.{i}.linear1.weight "
-    "layers.{i}.linear2.bias layers.{i}.linear2.weight layers.{i}.norm1.bias layers.{i}.norm1.weight "
-    "layers.{i}.norm2.bias layers.{i}.norm2.weight layers.{i}.norm3.bias layers.{i}.norm3.weight",
     "qformer": f"query_tokens {both('', 'qformer.layernorm language_projection')} "
     f"{both('qformer.encoder.layer.{i}.', QFORMER)} {both('qformer.encoder.layer.0.', CROSS)}",
     "qformer_text": "query_tokens qformer.embeddings.position_embeddings.weight "
     f"{both('', 'qformer.embeddings.layernorm language_projection text_proj')} "
     f"{both('qformer.encoder.layer.{i}.', QFORMER + ' ' + CROSS)} "
     f"{both('qformer.encoder.layer.{i}.', 'intermediate.dense output.dense output.LayerNorm')}",
+    **sincos_cases.KEYS,
 }
 
 
-BESIDE = {"resampler_video": "resampler", "elastic": "resampler", "query_resampler": "query_resampler_anywhere"}
-BESIDE |= dict.fromkeys(("minicpm_v2", "uhd_resampler", "spatial_resampler"), "minicpm_v45")
 BESIDE = {
     "resampler_video": "resampler",
     "elastic": "resampler",
     "query_resampler": "query_resampler_anywhere",
     "learned_merge_told": "learned_merge",
 }
+BESIDE |= sincos_cases.BESIDE
+KEYS["d_abstractor"] = f"{KEYS['d_abstractor_bare']} output_proj.bias output_proj.weight"
 
 
 def published_keys(case: str) -> str:

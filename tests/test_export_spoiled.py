@@ -40,20 +40,24 @@ def merge_channels_first(weights):
     weights["modality_projection.proj.weight"] = wide_DE.reshape(12, 4, 8).swapaxes(1, 2).reshape(12, 32)
 
 
-def turn_the_table(weights):
-    weights["attn_pool.pos_embed"] = weights["attn_pool.pos_embed"].reshape(2, 2, 12).swapaxes(0, 1).reshape(4, 12)
-
-
-def transpose_proj(weights):
-    weights["proj"] = weights["proj"].T
-
-
 def swap_feed_forwards(weights):
     """The queries get the text's."""
     for layer in ("qformer.encoder.layer.0.intermediate", "qformer.encoder.layer.0.output"):
         for name in [name for name in weights if name.startswith(f"{layer}.")]:
             queries = name.replace(layer, f"{layer}_query")
             weights[name], weights[queries] = weights[queries], weights[name]
+
+
+def swap_rows_and_columns(weights):
+    weights["reference_points"] = weights["reference_points"][..., ::-1].copy()
+
+
+def turn_the_table(weights):
+    weights["attn_pool.pos_embed"] = weights["attn_pool.pos_embed"].reshape(2, 2, 12).swapaxes(0, 1).reshape(4, 12)
+
+
+def transpose_proj(weights):
+    weights["proj"] = weights["proj"].T
 
 
 def drop(weights):
@@ -77,13 +81,14 @@ SPOILED_WEIGHTS = {
     "transposed square weight": ("mlp", transpose, r"parity: plain: off by"),
     "swapped keys and values": ("resampler", swap_keys_and_values, r"parity: plain: off by"),
     "channel-major merge": ("pixel_shuffle", merge_channels_first, r"parity: plain: off by"),
-    "rows and columns of a table": ("qwen_resampler", turn_the_table, r"parity: plain: off by"),
-    "transposed raw parameter": ("uhd_resampler", transpose_proj, r"parity: plain: off by"),
     "swapped feed-forwards": ("qformer_text", swap_feed_forwards, r"parity: plain: off by"),
+    "points as (y, x)": ("d_abstractor", swap_rows_and_columns, r"parity: plain: off by"),
     "dropped key": ("mlp", drop, r'load: .*Missing key\(s\) in state_dict: "2\.bias"'),
     "extra key": ("mlp", add, r'load: .*Unexpected key\(s\) in state_dict: "4\.weight"'),
     "wrong shape": ("mlp", misshape, r"load: .*size mismatch for 0\.weight"),
     "NaN": ("resampler", one_nan, r"load: layers\.0\.1\.3\.weight is not finite"),
+    "rows and columns of a table": ("qwen_resampler", turn_the_table, r"parity: plain: off by"),
+    "transposed raw parameter": ("uhd_resampler", transpose_proj, r"parity: plain: off by"),
 }
 SPOILED_CONFIG = {
     "tanh GELU in the mlp": ("mlp", {"activation": "gelu_pytorch_tanh"}, r"parity: plain: off by"),
@@ -92,21 +97,15 @@ SPOILED_CONFIG = {
     "eps in the pixel shuffle": ("pixel_shuffle_mlp", {"norm_eps": 1e-6}, r"parity: faint: off by"),
     "eps in the idefics2 resampler": ("idefics2_resampler", {"norm_eps": 1e-6}, r"parity: faint: off by"),
     "the image before the question": ("query_resampler", {"reading_order": "image, text"}, r"load: .*'image, text'"),
+    "eps in the C-Abstractor's blocks": ("c_abstractor", {"norm_eps": 1e-6}, r"parity: \w+: off by"),
+    "eps before the C-Abstractor's blocks": ("c_abstractor_bare", {"prenorm_eps": 1e-5}, r"parity: faint: off by"),
+    "eps in the D-Abstractor": ("d_abstractor", {"norm_eps": 1e-6}, r"parity: \w+: off by"),
+    "content in place of positions": ("d_abstractor", {"pooled_v_target": "tgt"}, r"parity: plain: off by"),
     "other heads": ("resampler", {"heads": 4, "head_width": 2}, r"parity: plain: off by"),
     "other heads in the Q-Former": ("qformer", {"heads": 4}, r"parity: plain: off by"),
     "other bins": ("avg_pool", {"pooled": [2, 3]}, r"parity: plain: off by"),
     "another number of tokens": ("avg_pool", {"pooled": [2, 2]}, r"output is \[2, 4, 12\], JAX gave \[2, 6, 12\]"),
     "turned grid": ("pixel_shuffle", {"grid": [6, 4]}, r"parity: plain: off by"),
-    "positions on the queries": ("minicpm_v2", {"queries_have_positions": False}, r"parity: plain: off by"),
-    "resized positions": ("minicpm_v2", {"key_positions": "resized"}, r"parity: plain: off by"),
-    "exact positions": ("uhd_resampler", {"key_positions": "exact"}, r"parity: plain: off by"),
-    "unknown positions": ("uhd_resampler", {"key_positions": "learned"}, r"load: .*'learned'"),
-    "eps in the single layer": ("minicpm_v45", {"norm_eps": 1e-5}, r"parity: faint: off by"),
-    "other samples": ("spatial_resampler", {"samples": [3, 3]}, r"parity: plain: off by"),
-    "other sampling": ("spatial_resampler", {"sampling": "aligned"}, r"load: .*'aligned'"),
-    "the image in the keys": ("matryoshka_query", {"key_content": True}, r"parity: plain: off by"),
-    "GELU in the decoder": ("decoder_resampler", {"activation": "gelu"}, r"parity: plain: off by"),
-    "norms before": ("decoder_resampler", {"norm_order": "before"}, r"load: .*'before'"),
     "another merge order": (
         "pixel_shuffle",
         {"channel_order": "channel, row, column"},
@@ -120,10 +119,19 @@ SPOILED_CONFIG = {
     "another draw": ("random_tokens", {"seed": 4}, r"parity: plain: off by"),
     "another lattice": ("stride_tokens", {"mode": "first"}, r"parity: plain: off by"),
     "another stage": ("staged_pool", {"stages": [[4, 6], [4, 4], [3, 3]]}, r"parity: plain: off by"),
-    "another place of the pool": ("avg_pool", {"order": "mlp, then pool"}, r"load: .*'mlp, then pool'"),
     "other temperature of the shares": ("learned_merge", {"temperature": 0.2}, r"parity: plain: off by"),
     "exact GELU in the maps": ("token_learner", {"activation": "gelu"}, r"parity: plain: off by"),
     "another family": ("avg_pool", {"family": "mlp"}, r"load: .*'avg_pool', the config is of 'mlp'"),
+    "positions on the queries": ("minicpm_v2", {"queries_have_positions": False}, r"parity: plain: off by"),
+    "resized positions": ("minicpm_v2", {"key_positions": "resized"}, r"parity: plain: off by"),
+    "exact positions": ("uhd_resampler", {"key_positions": "exact"}, r"parity: plain: off by"),
+    "unknown positions": ("uhd_resampler", {"key_positions": "learned"}, r"load: .*'learned'"),
+    "eps in the single layer": ("minicpm_v45", {"norm_eps": 1e-5}, r"parity: faint: off by"),
+    "other samples": ("spatial_resampler", {"samples": [3, 3]}, r"parity: plain: off by"),
+    "other sampling": ("spatial_resampler", {"sampling": "aligned"}, r"load: .*'aligned'"),
+    "the image in the keys": ("matryoshka_query", {"key_content": True}, r"parity: plain: off by"),
+    "GELU in the decoder": ("decoder_resampler", {"activation": "gelu"}, r"parity: plain: off by"),
+    "norms before": ("decoder_resampler", {"norm_order": "before"}, r"load: .*'before'"),
 }
 SPOILED_CODE = {
     "padding is read": (
@@ -145,13 +153,19 @@ SPOILED_CODE = {
         "queries, text = hidden, hidden[:, num_queries:]",
         r"parity: plain: (off by|.*size)",
     ),
-    "an empty bin is valid": ("avg_pool", "some = share > 0", "some = share >= 0", r"parity: masked: other outputs"),
-    "unseen samples count": (
-        "spatial_resampler",
-        "share / mass.where(mass > 0, 1)",
-        "share.expand_as(mass)",
+    "convolutions see padding": (
+        "c_abstractor",
+        "inner = inner.masked_fill(~keep, 0)",
+        "inner = inner * 1",
         r"parity: masked: off by",
     ),
+    "values of padding are read": (
+        "d_abstractor",
+        "values = values.masked_fill(~valid[..., None], 0)",
+        "values = values * 1",
+        r"parity: masked: off by",
+    ),
+    "an empty bin is valid": ("avg_pool", "some = share > 0", "some = share >= 0", r"parity: masked: other outputs"),
     "padding of the question is read": (
         "query_resampler",
         "self.seen(text_valid), self.seen(valid)",
@@ -200,6 +214,12 @@ SPOILED_CODE = {
         "latents = self.norm_latents(latents)",
         "latents = self.norm_latents(latents).flip(1)",
         r"parity: plain: off by",
+    ),
+    "unseen samples count": (
+        "spatial_resampler",
+        "share / mass.where(mass > 0, 1)",
+        "share.expand_as(mass)",
+        r"parity: masked: off by",
     ),
 }
 
