@@ -108,6 +108,10 @@ def wrapped(catalogue: dict) -> dict:
     """What is made of the others: one training for any Q, and 64 times fewer in three stages of 4."""
     return {
         "elastic": lambda num_queries: elastic.Config(of=catalogue["resampler"](num_queries)),
+        # MQT's second stage draws its numbers of queries from 2, 4, ..., Q.
+        "mqt": lambda num_queries: elastic.Config(
+            of=catalogue["matryoshka_query"](num_queries), drawn_from=tuple(range(2, num_queries + 1, 2))
+        ),
         "chain": lambda num_queries: chain.Config(
             parts=(
                 catalogue["avg_pool"](16 * num_queries),
