@@ -95,4 +95,4 @@ def told() -> Run:
 
 def matryoshka() -> Run:
     """Matryoshka queries: one training for every number of tokens up to 64."""
-    return compressed("boards/matryoshka_query-64", "matryoshka_query", 64, steps=10_000, also=(16, 4))
+    return compressed("boards/mqt-64", "mqt", 64, steps=10_000, also=(16, 4))

@@ -9,11 +9,13 @@ from tcjax.compressors import (
     c_abstractor,
     chain,
     d_abstractor,
+    decoder_resampler,
     elastic,
     gemma3_pool,
     idefics2_resampler,
     learned_merge,
     matryoshka_pool,
+    matryoshka_query,
     max_pool,
     mlp,
     patch_merger,
@@ -21,9 +23,11 @@ from tcjax.compressors import (
     qformer,
     query_merge,
     query_resampler,
+    qwen_resampler,
     random_tokens,
     resampler,
     resize_image,
+    spatial_resampler,
     staged_pool,
     stride_tokens,
     token_learner,
@@ -58,6 +62,12 @@ CATALOGUE = {
     "token_learner": lambda num_queries: token_learner.Config(num_queries=num_queries),
     "c_abstractor": lambda num_queries: c_abstractor.Config(num_queries=num_queries),
     "d_abstractor": lambda num_queries: d_abstractor.Config(num_queries=num_queries),
+    "qwen_resampler": lambda num_queries: qwen_resampler.Config(num_queries=num_queries),
+    "minicpm_resampler": lambda num_queries: qwen_resampler.Config(num_queries=num_queries, form="minicpm_v45"),
+    "uhd_resampler": lambda num_queries: qwen_resampler.Config(num_queries=num_queries, form="uhd"),
+    "spatial_resampler": lambda num_queries: spatial_resampler.Config(num_queries=num_queries),
+    "matryoshka_query": lambda num_queries: matryoshka_query.Config(num_queries=num_queries),
+    "decoder_resampler": lambda num_queries: decoder_resampler.Config(num_queries=num_queries),
 }
 
 _MERGE = {"scorer": 64, "merger": 64, "metric": 32}
@@ -81,6 +91,16 @@ BOARDS = CATALOGUE | {
     "d_abstractor": lambda num_queries: d_abstractor.Config(
         num_queries=num_queries, width=128, depth=2, heads=4, feed_forward=128
     ),
+    "qwen_resampler": lambda num_queries: qwen_resampler.Config(num_queries=num_queries, head_width=32),
+    "minicpm_resampler": lambda num_queries: qwen_resampler.Config(
+        num_queries=num_queries, form="minicpm_v45", head_width=32
+    ),
+    "uhd_resampler": lambda num_queries: qwen_resampler.Config(num_queries=num_queries, form="uhd", head_width=32),
+    "spatial_resampler": lambda num_queries: spatial_resampler.Config(num_queries=num_queries, head_width=32),
+    "matryoshka_query": lambda num_queries: matryoshka_query.Config(num_queries=num_queries, head_width=32),
+    "decoder_resampler": lambda num_queries: decoder_resampler.Config(
+        num_queries=num_queries, heads=4, feed_forward=384
+    ),
 }
 
 
@@ -88,6 +108,10 @@ def wrapped(catalogue: dict) -> dict:
     """What is made of the others: one training for any Q, and 64 times fewer in three stages of 4."""
     return {
         "elastic": lambda num_queries: elastic.Config(of=catalogue["resampler"](num_queries)),
+        # MQT's second stage draws its numbers of queries from 2, 4, ..., Q.
+        "mqt": lambda num_queries: elastic.Config(
+            of=catalogue["matryoshka_query"](num_queries), drawn_from=tuple(range(2, num_queries + 1, 2))
+        ),
         "chain": lambda num_queries: chain.Config(
             parts=(
                 catalogue["avg_pool"](16 * num_queries),

@@ -22,7 +22,7 @@ from tcjax.compressors import (
     token_learner,
 )
 from tcjax.compressors.base import Widths
-from tests import pool_cases
+from tests import pool_cases, sincos_cases
 
 WIDTHS = Widths(grid_HW=(4, 6), vision_C=12, llm_D=16, text_D=10, levels=2)
 LOOK = {"width": 8, "depth": 2, "heads": 2, "points": 2, "feed_forward": 10}
@@ -86,12 +86,14 @@ CASES = {  # name: (tiny config, Q, vdot(tokens, noise) with planted weights)
         -6.2042,
     ),
     **pool_cases.CASES,
+    **sincos_cases.CASES,
 }
 # Weights of published files that reach no output, {family: {path: layers}}: a key's bias cancels in the softmax, and the
 # text is dropped after the last layer, the last group's second, so that its feed-forward there is for nothing.
 UNFELT = {
     "qformer": {".*/key/bias": slice(None), "groups/layers/1/text_ff/.*": slice(-1, None)},
     "d_abstractor": {".*/key/bias": slice(None)},
+    "matryoshka_query": {"ln_k/bias": slice(None)},
 }
 # No gradient can reach these: their hard choice multiplies nothing by its scores. {case: path of what never learns}
 UNREACHED = {"learned_merge_literal": "importance"}
@@ -119,6 +121,7 @@ IMPOSSIBLE = {  # name: (config, what the message must say)
     "c_abstractor": (c_abstractor.Config(num_queries=6), r"num_queries=6 .* possible: \[1, 4, 9, 16\]"),
     "d_abstractor": (d_abstractor.Config(num_queries=144), r"num_queries=144 .* possible: \[1, 4, 9, 16\]"),
     **pool_cases.IMPOSSIBLE,
+    **sincos_cases.IMPOSSIBLE,
 }
 IMPOSSIBLE_CHOICES = [
     (pixel_shuffle.Config(num_queries=6, head="conv"), r"head='conv' .*\['linear', 'mlp'\]"),
@@ -135,4 +138,5 @@ IMPOSSIBLE_CHOICES = [
     (qformer.Config(depth=12, cross_every=5), "cross_every=5 must divide depth=12"),
     (d_abstractor.Config(num_queries=4, pooled_v_target="both"), r"'both' .*\['query', 'tgt', 'none'\]"),
     *pool_cases.IMPOSSIBLE_CHOICES,
+    *sincos_cases.IMPOSSIBLE_CHOICES,
 ]

@@ -18,6 +18,7 @@ from tcjax.export.artifact import ArtifactMismatch, export, load_artifact
 from tcjax.export.torch import verify
 from tcjax.interop import names, tensors
 from tcjax.record import file_hash
+from tests import sincos_cases
 from tests.exported import CASES, PROVENANCE, ROWS, WIDTHS, artifact, artifact_copy, built
 
 IDEFICS2_LAYER = (
@@ -115,6 +116,7 @@ KEYS = {  # as published; a wrong name is only a warning to most loaders
     f"{both('', 'qformer.embeddings.layernorm language_projection text_proj')} "
     f"{both('qformer.encoder.layer.{i}.', QFORMER + ' ' + CROSS)} "
     f"{both('qformer.encoder.layer.{i}.', 'intermediate.dense output.dense output.LayerNorm')}",
+    **sincos_cases.KEYS,
 }
 
 
@@ -124,6 +126,7 @@ BESIDE = {
     "query_resampler": "query_resampler_anywhere",
     "learned_merge_told": "learned_merge",
 }
+BESIDE |= sincos_cases.BESIDE
 KEYS["d_abstractor"] = f"{KEYS['d_abstractor_bare']} output_proj.bias output_proj.weight"
 
 

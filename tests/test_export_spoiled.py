@@ -52,6 +52,14 @@ def swap_rows_and_columns(weights):
     weights["reference_points"] = weights["reference_points"][..., ::-1].copy()
 
 
+def turn_the_table(weights):
+    weights["attn_pool.pos_embed"] = weights["attn_pool.pos_embed"].reshape(2, 2, 12).swapaxes(0, 1).reshape(4, 12)
+
+
+def transpose_proj(weights):
+    weights["proj"] = weights["proj"].T
+
+
 def drop(weights):
     del weights["2.bias"]
 
@@ -79,6 +87,8 @@ SPOILED_WEIGHTS = {
     "extra key": ("mlp", add, r'load: .*Unexpected key\(s\) in state_dict: "4\.weight"'),
     "wrong shape": ("mlp", misshape, r"load: .*size mismatch for 0\.weight"),
     "NaN": ("resampler", one_nan, r"load: layers\.0\.1\.3\.weight is not finite"),
+    "rows and columns of a table": ("qwen_resampler", turn_the_table, r"parity: plain: off by"),
+    "transposed raw parameter": ("uhd_resampler", transpose_proj, r"parity: plain: off by"),
 }
 SPOILED_CONFIG = {
     "tanh GELU in the mlp": ("mlp", {"activation": "gelu_pytorch_tanh"}, r"parity: plain: off by"),
@@ -112,6 +122,16 @@ SPOILED_CONFIG = {
     "other temperature of the shares": ("learned_merge", {"temperature": 0.2}, r"parity: plain: off by"),
     "exact GELU in the maps": ("token_learner", {"activation": "gelu"}, r"parity: plain: off by"),
     "another family": ("avg_pool", {"family": "mlp"}, r"load: .*'avg_pool', the config is of 'mlp'"),
+    "positions on the queries": ("minicpm_v2", {"queries_have_positions": False}, r"parity: plain: off by"),
+    "resized positions": ("minicpm_v2", {"key_positions": "resized"}, r"parity: plain: off by"),
+    "exact positions": ("uhd_resampler", {"key_positions": "exact"}, r"parity: plain: off by"),
+    "unknown positions": ("uhd_resampler", {"key_positions": "learned"}, r"load: .*'learned'"),
+    "eps in the single layer": ("minicpm_v45", {"norm_eps": 1e-5}, r"parity: faint: off by"),
+    "other samples": ("spatial_resampler", {"samples": [3, 3]}, r"parity: plain: off by"),
+    "other sampling": ("spatial_resampler", {"sampling": "aligned"}, r"load: .*'aligned'"),
+    "the image in the keys": ("matryoshka_query", {"key_content": True}, r"parity: plain: off by"),
+    "GELU in the decoder": ("decoder_resampler", {"activation": "gelu"}, r"parity: plain: off by"),
+    "norms before": ("decoder_resampler", {"norm_order": "before"}, r"load: .*'before'"),
 }
 SPOILED_CODE = {
     "padding is read": (
@@ -194,6 +214,12 @@ SPOILED_CODE = {
         "latents = self.norm_latents(latents)",
         "latents = self.norm_latents(latents).flip(1)",
         r"parity: plain: off by",
+    ),
+    "unseen samples count": (
+        "spatial_resampler",
+        "share / mass.where(mass > 0, 1)",
+        "share.expand_as(mass)",
+        r"parity: masked: off by",
     ),
 }
 

@@ -1,6 +1,7 @@
 """Names and tensors: one table both ways, one strict error, one writer that writes nothing but what was meant."""
 
 import json
+from dataclasses import replace
 
 import ml_dtypes
 import numpy as np
@@ -12,6 +13,7 @@ from flax import nnx
 from tcjax.compressors import resampler
 from tcjax.compressors.base import Widths
 from tcjax.interop import names, tensors
+from tcjax.interop.lines import fixed
 from tcjax.interop.mismatch import WeightMismatch, collapse
 from tcjax.interop.names import OPS, Name
 from tests.planted import noise
@@ -100,6 +102,32 @@ def test_ignored_are_only_whole_names_that_the_table_has_no_use_for():
 def test_a_leaf_that_the_table_lacks_is_not_dropped():
     with pytest.raises(WeightMismatch, match="bias"):
         names.to_torch(planted() | {"patch/bias": np.ones(5)}, TABLE)
+
+
+TILT = np.linspace(-1, 1, 24, dtype=np.float32).reshape(6, 4)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_a_published_constant_is_written_and_no_leaf(dtype):
+    """Also under the prefix of a part, as compressors of others give it; rounded checkpoints hold the same table."""
+    table = [*TABLE, *(replace(name, jax=f"of/{name.jax}", torch=f"of.{name.torch}") for name in fixed("tilt", TILT))]
+    published = names.to_torch(planted(), table)
+    np.testing.assert_array_equal(published["of.tilt"], TILT, strict=True)
+    assert {key: tensor.shape for key, tensor in published.items()} == names.published_shapes(table, SHAPES)
+    rounded = published | {"of.tilt": published["of.tilt"].astype(dtype)}
+    assert_same_bits(names.from_torch(rounded, table, SHAPES), planted())
+
+
+@pytest.mark.parametrize("other", [TILT[::-1], TILT + 0.01, np.where(TILT == 1, np.nan, TILT)])
+def test_another_constant_is_refused(other):
+    table = [*TABLE, *fixed("tilt", TILT)]
+    published = names.to_torch(planted(), table)
+    with pytest.raises(ValueError, match=r"tilt is not the table .* off by up to .* explains 0\.0039"):
+        names.from_torch(published | {"tilt": other}, table, SHAPES)
+    with pytest.raises(WeightMismatch, match=r"tilt: \[4, 6\] there, \[6, 4\] asked for"):
+        names.from_torch(published | {"tilt": TILT.T}, table, SHAPES)
+    with pytest.raises(WeightMismatch, match=r"MISSING \(1\)\n    tilt"):
+        names.from_torch(names.to_torch(planted(), TABLE), table, SHAPES)
 
 
 @pytest.mark.parametrize("graph", [True, False])

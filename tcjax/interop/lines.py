@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from tcjax.interop.names import Name
 
 
@@ -32,6 +34,11 @@ def attention(ours: str, theirs: str) -> list[Name]:
         Name(f"{ours}/in_proj/bias", f"{theirs}.in_proj_bias", "same"),
         *linear(f"{ours}/out_proj", f"{theirs}.out_proj"),
     ]
+
+
+def fixed(theirs: str, value: np.ndarray) -> list[Name]:
+    """A tensor of the checkpoint that nothing trains and that is no leaf of ours, such as a table of positions."""
+    return [Name("", theirs, value=value)]
 
 
 def gated_mlp(ours: str, theirs: str) -> list[Name]:

@@ -5,7 +5,8 @@
 A leaf is its "/"-joined path in the module's state. "{L}" stands for the layer index and says that the leaf carries a
 leading L axis; the op then holds for every layer. "{2L+1}" is the same for published layers 1, 3, 5 and so on. Ops are a
 closed set, each with its exact inverse: nothing is guessed from a rank, nothing is reshaped silently, and a name that
-does not fit is an error that lists all that do not fit.
+does not fit is an error that lists all that do not fit. A published tensor that is no leaf, because nothing trains it
+(a table of positions), is a line with its `value`: written on export, compared on import.
 A transposed square matrix has the right shape; only a forward pass can find it (tcjax.export does).
 """
 
@@ -14,7 +15,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
 
@@ -30,11 +31,15 @@ Shapes = dict[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Name:
-    """jax: path of a leaf. torch: published name on disk. op: one of OPS, what the layout takes."""
+    """jax: path of a leaf. torch: published name on disk. op: one of OPS, what the layout takes.
+
+    value: what the published tensor always holds; then there is no leaf and `jax` says nothing.
+    """
 
     jax: str
     torch: str
     op: str = "same"
+    value: np.ndarray | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self):
         assert self.op in OPS, f"{self.jax}: op {self.op!r} is none of {list(OPS)}"
@@ -48,6 +53,7 @@ class Name:
         return _LAYER.sub(lambda found: str(int(found[1] or 1) * layer + int(found[2] or 0)), self.torch)
 
 
+_ROUNDING = 2.0**-8  # bfloat16's, of the largest value; float16 rounds 8 times less
 _LAYER = re.compile(r"\{(\d*)L(?:\+(\d+))?\}")
 
 
@@ -94,7 +100,7 @@ def to_torch(arrays: Mapping[str, np.ndarray], names: Sequence[Name]) -> Arrays:
     _refuse(mismatch({path: arrays[path].shape for path in arrays}, dict.fromkeys(table), "leaves"))
     tensors: Arrays = {}
     for name in names:
-        for key, part in _parts(name, arrays[name.jax]):
+        for key, part in _parts(name, arrays.get(name.jax)):
             assert key not in tensors, f"two leaves are called {key!r}"
             tensors[key] = np.array(OPS[name.op].to_torch(part), order="C")
     return tensors
@@ -111,6 +117,7 @@ def from_torch(
 
     Raises:
         WeightMismatch: one error listing every missing, unexpected and misshapen tensor.
+        ValueError: a tensor that nothing trains holds something else than our table says.
     """
     table = _by_leaf(names)
     assert table.keys() == shapes.keys(), f"table and module differ in {sorted(table.keys() ^ shapes.keys())}"
@@ -124,6 +131,9 @@ def from_torch(
     _refuse(mismatch(found, expected, "tensors"))
     arrays: Arrays = {}
     for name in names:
+        if name.value is not None:
+            _refuse_another(name.torch, tensors[name.torch], name.value)
+            continue
         to_jax = OPS[name.op].to_jax
         if name.is_stacked:
             layers = range(shapes[name.jax][0])
@@ -137,7 +147,7 @@ def published_shapes(names: Sequence[Name], shapes: Shapes) -> Shapes:
     """The shape every published tensor must have for leaves of these shapes."""
     published: Shapes = {}
     for name in names:
-        weightless = np.broadcast_to(np.uint8(0), shapes[name.jax])
+        weightless = None if name.value is not None else np.broadcast_to(np.uint8(0), shapes[name.jax])
         for key, part in _parts(name, weightless):
             assert key not in published, f"two leaves are called {key!r}"
             published[key] = OPS[name.op].to_torch(part).shape
@@ -185,17 +195,31 @@ def _leaves(module: nnx.Module | nnx.State) -> Iterator[tuple[str, nnx.Variable]
 
 
 def _by_leaf(names: Sequence[Name]) -> dict[str, Name]:
-    table = {name.jax: name for name in names}
-    assert len(table) == len(names), "a leaf is named twice"
+    trained = [name for name in names if name.value is None]
+    table = {name.jax: name for name in trained}
+    assert len(table) == len(trained), "a leaf is named twice"
     return table
 
 
-def _parts(name: Name, leaf: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+def _parts(name: Name, leaf: np.ndarray | None) -> Iterator[tuple[str, np.ndarray]]:
+    leaf = leaf if name.value is None else name.value
+    assert leaf is not None, name
     if not name.is_stacked:
         yield name.torch, leaf
         return
     for layer, part in enumerate(leaf):
         yield name.at(layer), part
+
+
+def _refuse_another(key: str, found: np.ndarray, value: np.ndarray) -> None:
+    """Published checkpoints are often rounded to half precision, their tables too."""
+    size = np.abs(value.astype(np.float64)).max(initial=0)
+    error = np.abs(found.astype(np.float64) - value.astype(np.float64)).max(initial=0)
+    if not error <= _ROUNDING * size:
+        raise ValueError(
+            f"{key} is not the table that this config computes: off by up to {error:.2g}, where half precision explains "
+            f"{_ROUNDING * size:.2g}. The checkpoint has other positions; look for another form or size in its config."
+        )
 
 
 def _refuse(error: ValueError | None) -> None:

@@ -37,6 +37,11 @@ def attend(
     return jax.nn.dot_product_attention(query_BSKA, key_BMJA, value_BMJA, mask=mask, scale=scale)
 
 
+def padding_mask(valid_BM: jax.Array | None) -> jax.Array | None:
+    """mask_BSM (S = 1) that hides padding from everyone; a row without anything valid sees all: mask its output."""
+    return None if valid_BM is None else (valid_BM | ~valid_BM.any(-1, keepdims=True))[:, None]
+
+
 def attend_causally(
     query_BSKA: jax.Array,
     key_BSJA: jax.Array,

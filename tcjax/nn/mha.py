@@ -38,9 +38,14 @@ class MultiheadAttention(nnx.Module):
     ) -> tuple[jax.Array, jax.Array | None]:
         """What S positions read from M, BSE, and if `weights` the head-mean of the attention, BSM in float32.
 
+        B of queries or keys may be 1, then they are projected once for all rows.
         mask_BSM: True where s may see m, B or S may be 1; give every row one True.
         """
         query_BSKA, key_BMKA, value_BMKA = self.project(query_BSE, key_BME, value_BME)
+        B = max(len(query_BSKA), len(key_BMKA), len(value_BMKA))
+        query_BSKA, key_BMKA, value_BMKA = (
+            jnp.broadcast_to(x, (B, *x.shape[1:])) for x in (query_BSKA, key_BMKA, value_BMKA)
+        )
         read_BSKA = attend(query_BSKA, key_BMKA, value_BMKA, mask_BSM=mask_BSM)
         out_BSE = self.out_proj(read_BSKA.reshape(*read_BSKA.shape[:2], -1))
         if not weights:
@@ -59,3 +64,13 @@ class MultiheadAttention(nnx.Module):
             (rows(x, kernel) + bias).reshape(*x.shape[:2], self.heads, -1)
             for x, kernel, bias in zip(inputs, kernels, biases, strict=True)
         )
+
+
+def num_heads(width: int, head_width: int) -> int:
+    """width / head_width; ValueError if that is not whole."""
+    if head_width < 1 or width % head_width:
+        possible = [each for each in range(1, width + 1) if width % each == 0]
+        raise ValueError(
+            f"head_width={head_width} does not divide the attention's width {width}; possible: {possible}."
+        )
+    return width // head_width

@@ -8,6 +8,8 @@ is the column). Positions are integer patch indices from 0. All of it is numpy: 
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 _A = -0.75  # torch's bicubic; jax.image.resize uses -0.5
@@ -24,9 +26,22 @@ def sincos_2d(grid_HW: tuple[int, int], width: int) -> np.ndarray:
 
 def sincos_1d(position_N: np.ndarray, width: int) -> np.ndarray:
     """float32 [N, width]: sines in the first half, cosines in the second."""
-    rate = 1.0 / 10000 ** (np.arange(width // 2, dtype=np.float32) / (width / 2.0))
-    angle_NA = position_N.astype(np.float32)[:, None] * rate.astype(np.float32)[None]
+    # numpy's float32 power is off by its last bit on some machines: 6e-5 of a sine at position 1400, late in a video.
+    power = 10000.0 ** (np.arange(width // 2, dtype=np.float32) / np.float32(width / 2.0)).astype(np.float64)
+    rate = np.float32(1) / power.astype(np.float32)
+    angle_NA = position_N.astype(np.float32)[:, None] * rate[None]
     return np.concatenate([np.sin(angle_NA), np.cos(angle_NA)], axis=1).astype(np.float32)
+
+
+def square_side(most: int, rule: str) -> int:
+    """sqrt(most), for `most` queries on a square grid; ValueError naming the squares around it."""
+    side = math.isqrt(max(most, 0))
+    if side * side != most or not side:
+        raise ValueError(
+            f"max_queries={most} is no square, but {rule} lays the queries on a square grid; near it are "
+            f"{max(side, 1) ** 2} and {(side + 1) ** 2}. num_queries may be any number up to max_queries."
+        )
+    return side
 
 
 def bicubic_matrix(num_in: int, num_out: int) -> np.ndarray:
