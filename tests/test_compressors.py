@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from configs.compressors import BOARDS, CATALOGUE
-from tcjax.compressors import avg_pool, mlp, pixel_shuffle, resampler
+from tcjax.compressors import avg_pool, conv16, ldp, ldp_v2, mlp, pixel_shuffle, quecc, resampler, token_packer
 from tcjax.compressors.base import Context, Widths
 from tcjax.config import MeshConfig
 from tcjax.sharding import make_mesh, place
@@ -29,9 +29,19 @@ CASES = {  # name: (tiny config, Q, vdot(tokens, noise) with planted weights)
     "resampler": (resampler.Config(num_queries=5, **TINY), 5, 1.06527),
     "resampler_prefix": (resampler.Config(num_queries=3, max_queries=5, **TINY), 3, -8.71471),
     "resampler_video": (resampler.Config(num_queries=4, max_frames=3, media=1, max_media=2, **TINY), 4, -5.74115),
+    "token_packer": (token_packer.Config(num_queries=6, head_width=4, levels=(1, 2)), 6, 1.74397),
+    "quecc": (quecc.Config(num_queries=6, heads=2, levels=(1, 2)), 6, -2.01463),
+    "quecc_last": (quecc.Config(num_queries=6, heads=3, levels=(1, 2), text_pool="last"), 6, -4.53426),
+    "ldp": (ldp.Config(), 6, 3.22742),
+    "ldp_v2": (ldp_v2.Config(num_queries=9), 9, -29.78502),  # bins overlap: 4 rows -> 3
+    "ldp_v2_shaped": (ldp_v2.Config(num_queries=6, shape=(3, 2)), 6, -8.5902),
+    "conv16": (conv16.Config(), 2, -22.86267),
+    "conv16_neck": (conv16.Config(num_queries=2, neck=8), 2, 20.66046),
 }
 SELECTING: set[str] = set()  # they leave most tokens unread on purpose
-FEWER = {"avg_pool": 4}  # of a family whose cases cannot give 2
+# One vector added to all keys of a softmax changes nothing: published weights without an effect.
+INERT = {"token_packer": {"norm_key/bias"}, "quecc": {"key/norm/bias"}}
+FEWER = {"avg_pool": 4, "ldp_v2": 4}  # of a family whose cases cannot give 2
 PADDED = np.arange(24) % 6 >= 4  # the two right columns of the 4 x 6 grid ...
 EMPTY_ROW = np.arange(24) < 12  # ... or the upper half, or everything
 VALID_BN = np.stack([~PADDED, ~EMPTY_ROW, np.zeros(24, bool)])
@@ -137,7 +147,8 @@ def test_every_parameter_and_every_valid_token_gets_a_gradient(case):
         value = np.asarray(leaf.get_value())
         layers = value if leaf.get_metadata("axes").startswith("L") else value[None]
         assert np.isfinite(value).all(), path
-        assert (np.abs(layers).reshape(len(layers), -1).max(1) > 1e-4).all(), path
+        alive = np.abs(layers).reshape(len(layers), -1).max(1) > 1e-4
+        assert (alive != ("/".join(map(str, path)) in INERT.get(config.family, ()))).all(), path
     np.testing.assert_array_equal(np.asarray(grad_BNC)[~VALID_BN], 0)
     if config.family not in SELECTING:
         assert np.abs(np.asarray(grad_BNC)[VALID_BN]).max(-1).min() > 1e-4
@@ -281,6 +292,18 @@ IMPOSSIBLE = {  # name: (config, what the message must say)
     "avg_pool_grid": (avg_pool.Config(num_queries=10, shape=(5, 2)), r"shape=\(5, 2\) .* \(1, 1\) to \(4, 6\)"),
     "pixel_shuffle": (pixel_shuffle.Config(num_queries=8), r"num_queries=8 .*; possible: \[6, 24\]"),
     "resampler": (resampler.Config(num_queries=0), r"num_queries=0: .* from 1 up"),
+    "token_packer": (
+        token_packer.Config(num_queries=5, levels=(1, 2)),
+        r"num_queries=5 .* equal cells .*possible: \[1, 2, 3, 4, 6, 8, 12, 24\]",
+    ),
+    "token_packer_shape": (
+        token_packer.Config(num_queries=6, shape=(3, 2), levels=(1, 2)),
+        r"shape=\(3, 2\) .*num_queries=6 .*possible: \[\(1, 6\), \(2, 3\)\]",
+    ),
+    "quecc": (quecc.Config(num_queries=4, levels=(1, 2)), r"num_queries=4 .* s x s cells .*possible: \[6, 24\]"),
+    "ldp": (ldp.Config(num_queries=4), r"num_queries=4 .* one stride of 2 .*possible: \[6\]"),
+    "ldp_v2": (ldp_v2.Config(num_queries=6), r"num_queries=6 .*possible: \[1, 4, 9, 16\]"),
+    "conv16": (conv16.Config(num_queries=0), r"num_queries=0 .* two strides of 2 .*possible: \[2\]"),
 }
 
 
@@ -299,6 +322,15 @@ def test_impossible_num_queries_name_the_possible_ones(name):
         (pixel_shuffle.Config(num_queries=6, head="conv"), r"head='conv' .*\['linear', 'mlp'\]"),
         (mlp.Config(depth=0), "depth=0: .* at least 1"),
         (resampler.Config(heads=0), "heads=0: .* at least 1"),
+        (
+            token_packer.Config(num_queries=6, head_width=4),
+            r"levels=\(12, 16, 22, 23\) names 4 .* hands over 2; .*levels",
+        ),
+        (token_packer.Config(num_queries=6, levels=(1, 2)), "head_width=128 must divide .* C=12"),
+        (quecc.Config(num_queries=6, levels=(3,)), r"levels=\(3,\) names 1 .* hands over 2; .*levels"),
+        (quecc.Config(num_queries=6, levels=(1, 2), heads=5), "heads=5 must divide the width 12"),
+        (quecc.Config(num_queries=6, levels=(1, 2), text_pool="max"), r"text_pool='max' .*\['mean', 'last'\]"),
+        (conv16.Config(neck=-1), "neck=-1: .* or 0 for none"),
     ],
 )
 def test_other_impossible_choices_are_named(config, message):
@@ -316,11 +348,13 @@ def test_other_impossible_choices_are_named(config, message):
 def test_the_catalogue_builds_at_published_widths(catalogue, widths, num_queries, parameters):
     sizes = {}
     for name, make in catalogue.items():
-        Q = widths.num_tokens if name == "mlp" else num_queries
+        H, W = widths.grid_HW
+        Q = {"mlp": H * W, "ldp": H * W // 4, "conv16": H * W // 16}.get(name, num_queries)
         config = make(Q)
         assert dataclasses.is_dataclass(config)
-        assert config.outputs(widths) == Q
-        module = nnx.eval_shape(lambda config=config: config.build(widths, nnx.Rngs(0)))
+        own = dataclasses.replace(widths, levels=len(config.of_tower().get("levels", ())), text_D=widths.llm_D)
+        assert config.outputs(own) == Q
+        module = nnx.eval_shape(lambda config=config, own=own: config.build(own, nnx.Rngs(0)))
         assert module.num_outputs == Q
         sizes[name] = sum(leaf.get_value().size for leaf in leaves(module).values())
     assert sizes["resampler"] == parameters

@@ -25,12 +25,36 @@ KEYS = {  # as published; a wrong name is only a warning to most loaders
     "avg_pool": "0.bias 0.weight 2.bias 2.weight",
     "pixel_shuffle": "modality_projection.proj.weight",
     "pixel_shuffle_mlp": "mlp1.0.bias mlp1.0.weight mlp1.1.bias mlp1.1.weight mlp1.3.bias mlp1.3.weight",
+    "token_packer": "clip_attn.in_proj_bias clip_attn.in_proj_weight clip_attn.out_proj.bias clip_attn.out_proj.weight "
+    "k_proj_1.0.bias k_proj_1.0.weight k_proj_1.2.bias k_proj_1.2.weight ln_k_1.bias ln_k_1.weight ln_q_1.bias "
+    "ln_q_1.weight ln_v_1.bias ln_v_1.weight mlp.0.bias mlp.0.weight mlp.2.bias mlp.2.weight q_proj_1.weight "
+    "v_proj_1.0.bias v_proj_1.0.weight v_proj_1.2.bias v_proj_1.2.weight",
+    "quecc": "0.clip_attn.in_proj_bias 0.clip_attn.in_proj_weight 0.clip_attn.out_proj.bias "
+    "0.clip_attn.out_proj.weight 0.k_proj.0.bias 0.k_proj.0.weight 0.k_proj.2.bias 0.k_proj.2.weight 0.k_proj.3.bias "
+    "0.k_proj.3.weight 0.q_downsample.bias 0.q_downsample.weight 0.q_proj.0.bias 0.q_proj.0.weight 0.q_proj.2.bias "
+    "0.q_proj.2.weight 0.q_proj.3.bias 0.q_proj.3.weight 0.text_projection.0.bias 0.text_projection.0.weight "
+    "0.text_projection.1.bias 0.text_projection.1.weight 0.v_proj.0.bias 0.v_proj.0.weight 0.v_proj.2.bias "
+    "0.v_proj.2.weight 0.v_proj.3.bias 0.v_proj.3.weight 1.bias 1.weight 3.bias 3.weight",
+    "ldp": "model.mlp.1.bias model.mlp.1.weight model.mlp.3.bias model.mlp.3.weight "
+    + " ".join(
+        f"model.mb_block.{block}.block.{name}"
+        for block in (1, 2)
+        for name in "0.0.weight 0.1.bias 0.1.weight 1.fc1.bias 1.fc1.weight 1.fc2.bias 1.fc2.weight 2.0.weight "
+        "2.1.bias 2.1.weight".split()
+    ),
+    "ldp_v2": "mlp.mlp.0.bias mlp.mlp.0.weight mlp.mlp.2.bias mlp.mlp.2.weight peg.peg.0.bias peg.peg.0.weight",
+    "conv16": "net_2.weight net_3.weight out_proj.bias out_proj.weight",
+    "conv16_neck": "neck.0.weight neck.1.bias neck.1.weight neck.2.weight neck.3.bias neck.3.weight net_2.weight "
+    "net_3.weight out_proj.bias out_proj.weight",
     "resampler_video": "frame_embs media_time_embs",  # beside the resampler's
     "resampler": "latents norm.bias norm.weight out_proj.bias out_proj.weight "
     "layers.{i}.0.norm_latents.bias layers.{i}.0.norm_latents.weight layers.{i}.0.norm_media.bias "
     "layers.{i}.0.norm_media.weight layers.{i}.0.to_kv.weight layers.{i}.0.to_out.weight layers.{i}.0.to_q.weight "
     "layers.{i}.1.0.bias layers.{i}.1.0.weight layers.{i}.1.1.weight layers.{i}.1.3.weight",
 }
+
+
+KEYS["token_packer_oblong"], KEYS["quecc_last"] = KEYS["token_packer"], KEYS["quecc"]
 
 
 def published_keys(case: str) -> str:

@@ -6,6 +6,7 @@ import importlib
 import json
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -77,6 +78,8 @@ def _line(name: str, make: Callable[[int], Any], widths: Widths) -> dict[str, An
     everything = set(range(1, 26)) <= set(possible)
     usual = 64 if 64 in possible else (possible[-1] if possible else 0)
     config = make(usual) if usual else None
+    if config is not None:
+        widths = replace(widths, levels=len(config.of_tower().get("levels", ())))
     leaves = (
         [] if config is None else jax.tree.leaves(nnx.state(nnx.eval_shape(lambda: config.build(widths, nnx.Rngs(0)))))
     )
