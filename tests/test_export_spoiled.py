@@ -40,6 +40,15 @@ def merge_channels_first(weights):
     weights["modality_projection.proj.weight"] = wide_DE.reshape(12, 4, 8).swapaxes(1, 2).reshape(12, 32)
 
 
+def swap_projections(weights):
+    keys, values = (weights[f"{name}_proj_1.2.weight"] for name in "kv")
+    weights["k_proj_1.2.weight"], weights["v_proj_1.2.weight"] = values, keys
+
+
+def swap_rows_and_columns(weights):
+    weights["net_3.weight"] = np.ascontiguousarray(weights["net_3.weight"].swapaxes(2, 3))
+
+
 def drop(weights):
     del weights["2.bias"]
 
@@ -61,6 +70,8 @@ SPOILED_WEIGHTS = {
     "transposed square weight": ("mlp", transpose, r"parity: plain: off by"),
     "swapped keys and values": ("resampler", swap_keys_and_values, r"parity: plain: off by"),
     "channel-major merge": ("pixel_shuffle", merge_channels_first, r"parity: plain: off by"),
+    "swapped projections": ("token_packer", swap_projections, r"parity: plain: off by"),
+    "kernel with rows for columns": ("conv16", swap_rows_and_columns, r"parity: plain: off by"),
     "dropped key": ("mlp", drop, r'load: .*Missing key\(s\) in state_dict: "2\.bias"'),
     "extra key": ("mlp", add, r'load: .*Unexpected key\(s\) in state_dict: "4\.weight"'),
     "wrong shape": ("mlp", misshape, r"load: .*size mismatch for 0\.weight"),
@@ -80,6 +91,11 @@ SPOILED_CONFIG = {
         {"channel_order": "channel, row, column"},
         r"load: .*'channel, row, column'",
     ),
+    "eps in the token packer": ("token_packer", {"norm_eps": 1e-5}, r"parity: faint: off by"),
+    "other cells": ("token_packer", {"cells": [1, 6]}, r"parity: plain: off by"),
+    "another query": ("token_packer", {"query": "antialiased"}, r"load: .*'antialiased'"),
+    "the last word for the mean": ("quecc", {"text_pool": "last"}, r"parity: plain: off by"),
+    "eps in the LDP": ("ldp", {"norm_eps": 1e-6}, r"parity: faint: off by"),
     "another place of the pool": ("avg_pool", {"order": "mlp, then pool"}, r"load: .*'mlp, then pool'"),
     "another family": ("avg_pool", {"family": "mlp"}, r"load: .*'avg_pool', the config is of 'mlp'"),
 }
@@ -92,6 +108,24 @@ SPOILED_CODE = {
     ),
     "padding is attended to": ("resampler", "torch.cat([valid,", "torch.cat([valid | True,", r"parity: masked: off by"),
     "an empty bin is valid": ("avg_pool", "some = share > 0", "some = share >= 0", r"parity: masked: other outputs"),
+    "no text is a text": (
+        "quecc",
+        "self.text_projection(vector).masked_fill(count == 0, 0)",
+        "self.text_projection(vector)",
+        r"parity: (masked|plain): off by",
+    ),
+    "a convolution reads padding": (
+        "conv16",
+        "grid = zeroed(layer(grid), keep)",
+        "grid = layer(grid)",
+        r"parity: masked: off by",
+    ),
+    "padding weighs channels": (
+        "ldp",
+        "read.sum((2, 3), keepdim=True) / keep.sum",
+        "read.mean((2, 3), keepdim=True) / keep.sum",
+        r"parity: masked: off by",
+    ),
     "queries in another order": (
         "resampler",
         "latents = self.norm_latents(latents)",
