@@ -69,6 +69,8 @@ class Config(CompressorConfig):
     needs = ("text", "levels")
 
     def outputs(self, widths: Widths) -> int:
+        if self.heads < 1 or widths.vision_C % self.heads:
+            raise ValueError(f"heads={self.heads} must divide the tower's width C={widths.vision_C}.")
         return widths.num_tokens // self.factor(widths) ** 2
 
     def factor(self, widths: Widths) -> int:

@@ -68,6 +68,8 @@ class Config(CompressorConfig):
 
     def outputs(self, widths: Widths) -> int:
         height, width = self.cells(widths)
+        if self.head_width < 1 or widths.vision_C % self.head_width:
+            raise ValueError(f"head_width={self.head_width} must divide the tower's width C={widths.vision_C}.")
         return height * width
 
     def cells(self, widths: Widths) -> tuple[int, int]:
@@ -122,8 +124,6 @@ class TokenPacker(Compressor):
         self.widths, self.num_outputs, self.cells = widths, config.outputs(widths), config.cells(widths)
         check_levels(config.levels, widths)
         C, D, E = widths.vision_C, widths.llm_D, widths.levels * widths.vision_C
-        if config.head_width < 1 or C % config.head_width:
-            raise ValueError(f"head_width={config.head_width} must divide the tower's width C={C}.")
         self.query = dense("CE", C, C, bias=False, init=small_normal, rngs=rngs)
         self.key = Mlp("EIC", (E, C, C), init=small_normal, rngs=rngs)
         self.value = Mlp("EIC", (E, C, C), init=small_normal, rngs=rngs)

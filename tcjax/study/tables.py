@@ -77,22 +77,18 @@ def _line(name: str, make: Callable[[int], Any], widths: Widths) -> dict[str, An
         possible.append(num)
     everything = set(range(1, 26)) <= set(possible)
     usual = 64 if 64 in possible else (possible[-1] if possible else 0)
-    config = make(usual) if usual else None
-    if config is not None:
-        widths = replace(widths, levels=len(config.of_tower().get("levels", ())))
-    leaves = (
-        [] if config is None else jax.tree.leaves(nnx.state(nnx.eval_shape(lambda: config.build(widths, nnx.Rngs(0)))))
-    )
-    module = None if config is None else type(config).__module__
+    config = make(usual or 1)
+    widths = replace(widths, levels=len(config.of_tower().get("levels", ())))
+    leaves = jax.tree.leaves(nnx.state(nnx.eval_shape(lambda: config.build(widths, nnx.Rngs(0))))) if usual else []
     return {
         "name": name,
         "queries": "any" if everything else ", ".join(map(str, possible)) or "none on this grid",
         "possible": possible,
         "parameters": sum(leaf.size for leaf in leaves),
-        "flops": 0 if config is None else compressor_flops(config, widths),
+        "flops": compressor_flops(config, widths) if usual else 0,
         "flops_at": usual,
         "exports": ["artifact"] if has_twin(config) else [],
-        "source": "" if module is None else _source(module),
+        "source": _source(type(config).__module__),
     }
 
 
