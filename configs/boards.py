@@ -2,6 +2,8 @@
 
 tcjax train configs/boards.py                        the resampler, 256 -> 64 tokens
 tcjax train configs/boards.py:pooled                 average pooling
+tcjax train configs/boards.py:told                   a compressor that is told the question, 256 -> 16 tokens
+tcjax train configs/boards.py:matryoshka             one training, scored at 64, 16 and 4 tokens
 tcjax train configs/boards.py --model.compressor.num-queries 16 --train.steps 1000
 """
 
@@ -13,20 +15,40 @@ from tcjax.vlm import VlmConfig
 
 PROJECTOR = "configs/boards_base/projector.safetensors"  # what the LLM was trained with
 BATCH = 8  # small batches and large steps: see experiments/num_queries/README.md
+TOLD_BATCH = 32  # one question a row instead of the thirteen of a board
 
 
-def compressed(name: str, compressor: str, num_queries: int, *, steps: int, seed: int = 0, test: int = 200) -> Run:
-    """One compressor learns for `steps` batches of 8 boards; a short training reads each board once."""
-    boards = min(steps * BATCH, 20_000)
+def compressed(
+    name: str,
+    compressor: str,
+    num_queries: int,
+    *,
+    steps: int,
+    seed: int = 0,
+    test: int = 200,
+    also: tuple[int, ...] = (),
+) -> Run:
+    """One compressor learns for `steps` batches of 8 boards; a short training reads each board once.
+
+    A compressor that is told the question reads batches of 32 single questions, as it will be asked, and answers to the
+    controls of the text too. also: other numbers of tokens at which an elastic one is scored.
+    """
+    config = CATALOGUE[compressor](num_queries)
+    told = "text" in config.needs
+    batch = TOLD_BATCH if told else BATCH
+    boards = min(steps * batch, 20_000)
     return Run(
         name=name,
         label=compressor,
-        model=VlmConfig(tower=tower_config(), compressor=CATALOGUE[compressor](num_queries), llm=llm_config()),
+        model=VlmConfig(tower=tower_config(), compressor=config, llm=llm_config()),
         data=DataConfig(
             sources=(Source(path=BOARDS, split=f"train[:{boards}]"),),
             tokenizer=TOKENIZER,
-            batch=BATCH,
-            text_length=130,  # the longest conversation of the boards has 129 tokens
+            batch=batch,
+            # The longest conversation of the boards has 129 tokens, the longest single question with its answer 28.
+            text_length=28 if told else 130,
+            turns=1 if told else 0,
+            instruction_length=8,
             seed=seed,
             independent_turns=True,
         ),
@@ -40,7 +62,12 @@ def compressed(name: str, compressor: str, num_queries: int, *, steps: int, seed
             feature_cache=True,
             save_every=200,
         ),
-        evaluate=EvaluateConfig(source=Source(path=BOARDS, split="test"), boards=test),
+        evaluate=EvaluateConfig(
+            source=Source(path=BOARDS, split="test"),
+            boards=test,
+            queries=also,
+            controls=("blank", "shuffled", *(("null_text", "shuffled_text") if told else ())),
+        ),
     )
 
 
@@ -59,3 +86,13 @@ def run() -> Run:
 def pooled() -> Run:
     """Average pooling at 64 tokens."""
     return compressed("boards/avg_pool-64", "avg_pool", 64, steps=10_000)
+
+
+def told() -> Run:
+    """The text-primed perceiver at 16 tokens."""
+    return compressed("boards/query_resampler-16", "query_resampler", 16, steps=5_000)
+
+
+def matryoshka() -> Run:
+    """Matryoshka queries: one training for every number of tokens up to 64."""
+    return compressed("boards/matryoshka_query-64", "matryoshka_query", 64, steps=10_000, also=(16, 4))

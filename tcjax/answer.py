@@ -2,7 +2,8 @@
 
 Every question of the evaluation source is asked alone: the image, the question, a greedy answer. The controls ask the
 same questions about a grey image ("blank") and about another sample's image ("shuffled"): what they score is owed to
-language alone.
+language alone. A compressor that is told the question is also told nothing ("null_text") or another question
+("shuffled_text"), while the LLM reads the right one: what the score loses is owed to the conditioning.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from tcjax.evaluate.cost import cost
 from tcjax.evaluate.generate import make_generate, make_prefill
 from tcjax.evaluate.scores import Answer, exact_match, is_right, mean_accuracy, token_accuracy
 from tcjax.job import tower_features
-from tcjax.pipeline.chat import Chat, load_tokenizer
+from tcjax.pipeline.chat import Chat, fitted, load_tokenizer
 from tcjax.pipeline.images import CorruptImage
 from tcjax.pipeline.input import TooManyCorrupt
 from tcjax.pipeline.questions import EvaluationSet, questions
@@ -35,6 +36,7 @@ from tcjax.pipeline.source import open_source
 from tcjax.vlm import Vlm, VlmConfig
 
 CONTROLS = ("blank", "shuffled")
+TEXT_CONTROLS = ("null_text", "shuffled_text")
 SHORT = 8  # answers of up to so many tokens are generated together, longer ones apart
 TIMED = 5  # prefills measured; the median is reported
 
@@ -57,9 +59,13 @@ def evaluate_run(
     config, scored = run.model, run.evaluate
     if not isinstance(config, VlmConfig):
         raise ValueError(f"{run.name} trains a {type(config).__name__}, which answers no questions; evaluate a VLM.")
-    unknown = sorted(set(scored.controls) - set(CONTROLS))
+    possible = CONTROLS + (TEXT_CONTROLS if config.reads_text else ())
+    unknown = sorted(set(scored.controls) - set(possible))
     if unknown:
-        raise ValueError(f"controls {unknown} are unknown; choose among {list(CONTROLS)}.")
+        raise ValueError(
+            f"controls {unknown} are unknown; choose among {list(possible)} (those of the text need a compressor that "
+            f"is told the question)."
+        )
     chat = Chat(load_tokenizer(root / run.data.tokenizer))
     asked = questions(open_source(root, scored.source), chat, num_queries=config.num_queries, boards=scored.boards)
     (end,) = chat.end_ids
@@ -68,15 +74,22 @@ def evaluate_run(
     asked = asked.rows(np.isin(asked.index_B, images.readable))
     answer = make_generate(model, end=end)
 
-    passes = {"": images.of, **{control: getattr(images, control) for control in scored.controls}}
+    passes = {
+        "": (asked, images.of),
+        "blank": (asked, images.blank),
+        "shuffled": (asked, images.shuffled),
+        "null_text": (asked.without_text(), images.of),
+        "shuffled_text": (asked.with_other_text(), images.of),
+    }
+    passes = {name: passes[name] for name in ("", *scored.controls)}
     answers: dict[str, list[Answer]] = {}
     with Progress(disable=quiet, transient=True, console=Console(stderr=True)) as bar:
         every = np.arange(len(asked.index_B))
         once = {name: distinct(asked) if name == "blank" else (every, every) for name in passes}
         task = bar.add_task(f"{run.name}: answers", total=sum(len(rows) for rows, _ in once.values()))
-        for name, look in passes.items():
+        for name, (told, look) in passes.items():
             rows, place_B = once[name]
-            heard = _ask(answer, asked.rows(rows), look, scored.batch, lambda done: bar.update(task, advance=done))
+            heard = _ask(answer, told.rows(rows), look, scored.batch, lambda done: bar.update(task, advance=done))
             said = [heard[place] for place in place_B]
             expected = [[i for i in ids if i >= 0] for ids in asked.answer_BT.tolist()]
             answers[name] = [Answer(*pair) for pair in zip(asked.task_B.tolist(), expected, said, strict=True)]
@@ -187,25 +200,33 @@ def distinct(asked: EvaluationSet) -> tuple[np.ndarray, np.ndarray]:
 
 
 def looks(model: Vlm, run: Run, *, root: Path, out: Path, boards: int = 4) -> Path:
-    """`out`/looks.npz: images uint8 [b, Y, X, 3], assign float32 [b, Q, N], grid (H, W), questions. For pictures."""
+    """`out`/looks.npz: images uint8 [b, Y, X, 3], assign float32 [b, Q, N], grid (H, W), questions. For pictures.
+
+    A compressor that is told the question is told each board's first one.
+    """
     config, scored = run.model, run.evaluate
     assert isinstance(config, VlmConfig) and scored is not None
-    prepared, shown = open_source(root, scored.source), []
+    prepared, shown, told = open_source(root, scored.source), [], []
+    chat = Chat(load_tokenizer(root / run.data.tokenizer))
     for index in range(len(prepared)):
         with contextlib.suppress(CorruptImage):
-            shown.append((prepared[index].image_id, prepared.image(index, config.tower.pixels)))
+            question = prepared[index].turns[0].question if config.reads_text else ""
+            name = f"{prepared[index].image_id}: {question}" if question else prepared[index].image_id
+            shown.append((name, prepared.image(index, config.tower.pixels)))
+            told.append(fitted(chat.instruction(question), run.data.instruction_length))
         if len(shown) == boards:
             break
     images_BYX3 = np.stack([image for _, image in shown])
-    see = jax.jit(lambda images: model.compress(Batch(images_BYX3=images), Context(assign=True)).assign_BQN)
+    batch = Batch(images_BYX3=images_BYX3, instruction_BT=np.stack(told), index_B=np.arange(len(shown)))
+    see = jax.jit(lambda batch: model.compress(batch, Context(assign=True)).assign_BQN)
     mean, std = np.array(config.tower.pixels.mean), np.array(config.tower.pixels.std)
     path = out / "looks.npz"
     np.savez_compressed(
         path,
         images=((images_BYX3 * std + mean) * 255).round().clip(0, 255).astype(np.uint8),
-        assign=np.asarray(see(images_BYX3), np.float32),
+        assign=np.asarray(see(batch), np.float32),
         grid=np.array(config.widths.grid_HW),
-        questions=np.array([image_id for image_id, _ in shown]),
+        questions=np.array([name for name, _ in shown]),
     )
     return path
 
@@ -234,7 +255,12 @@ def _ask(
 
 def _batch(asked: EvaluationSet, look: Callable[[np.ndarray], dict[str, np.ndarray]]) -> Batch:
     return Batch(
-        tokens_BS=asked.tokens_BS, is_image_BS=asked.is_image_BS, valid_BS=asked.valid_BS, **look(asked.index_B)
+        tokens_BS=asked.tokens_BS,
+        is_image_BS=asked.is_image_BS,
+        valid_BS=asked.valid_BS,
+        instruction_BT=asked.instruction_BT,
+        index_B=asked.index_B,
+        **look(asked.index_B),
     )
 
 

@@ -16,6 +16,8 @@ class Batch(NamedTuple):
     valid_BS: bool, False on padding.
     segment_BS: int32, which turn a position belongs to, 0 for what all turns share (begin mark and image). Given, a turn
         sees segment 0 and itself, and its positions go on from segment 0; None means one conversation.
+    instruction_BT: int32 ids of the user's questions alone, -1 after their end: what conditions a compressor, never an
+        answer. A row of -1 is the null text; None where no compressor asks for it.
     index_B: int32 position of the sample in its source; feature caches and pictures find the image by it.
     images_BYX3: float32 normalised pixels; None when the tower's features are cached.
     features_BNC: float32 tower tokens from the cache; None when images are given.
@@ -27,6 +29,7 @@ class Batch(NamedTuple):
     supervised_BS: Array = None
     valid_BS: Array = None
     segment_BS: Array = None
+    instruction_BT: Array = None
     index_B: Array = None
     images_BYX3: Array = None
     features_BNC: Array = None

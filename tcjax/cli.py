@@ -29,9 +29,12 @@ class Evaluate:
     """Answer the run's questions and print the scores.
 
     run: folder of a trained run. json: print the scores as JSON instead of a table.
+    queries: comma-separated numbers of visual tokens at which to score the same weights (elastic compressors; `tcjax
+        compressors` says which); left out, the number it was trained at.
     """
 
     run: Positional[Path]
+    queries: str = ""
     json: bool = False
     quiet: bool = False
 
@@ -176,13 +179,22 @@ def _evaluate(arguments: list[str]) -> int:
 
     from tcjax import content
     from tcjax.answer import evaluate_run
-    from tcjax.job import load_run, trained
+    from tcjax.job import at, load_run, trained
     from tcjax.study.tables import score_table
 
     run, root = load_run(asked.run), content.project_root(asked.run)
     model, identity, step = trained(run, root=root, out=asked.run)
-    scores = evaluate_run(run, model, identity, root=root, out=asked.run, quiet=asked.quiet)  # pyright: ignore
-    print(json.dumps(scores | {"step": step}, indent=1)) if asked.json else score_table(run.name, step, scores)
+    queries = _numbers(asked.queries, "--queries")
+    places = {number: asked.run / f"at-{number}" for number in queries} if queries else {None: asked.run}
+    every = []
+    for number, place in places.items():
+        here, its_model = (run, model) if number is None else at(run, model, number)
+        scores = evaluate_run(here, its_model, identity, root=root, out=place, quiet=asked.quiet)  # pyright: ignore
+        every.append(scores | {"step": step})
+        if not asked.json:
+            score_table(run.name, step, scores)
+    if asked.json:
+        print(json.dumps(every if queries else every[0], indent=1))
     return 0
 
 

@@ -39,6 +39,9 @@ class DataConfig:
     seed: the order of samples is a pure function of (seed, step, batch).
     independent_turns: every turn of a conversation sees the image and itself only, as if asked alone; the image is paid
         for once. False keeps the conversation: later turns see earlier answers.
+    turns: so many turns of every conversation, drawn anew each time it comes up; 0 takes all. 1 is how a compressor that
+        is told the question is trained the way it is asked.
+    instruction_length: positions of the instruction handed to such a compressor; a longer one loses its beginning.
     max_corrupt: share of unreadable images above which a run stops.
     """
 
@@ -48,6 +51,8 @@ class DataConfig:
     text_length: int = 144
     seed: int = 0
     independent_turns: bool = False
+    turns: int = 0
+    instruction_length: int = 64
     threads: int = 4
     max_corrupt: float = 0.01
 
@@ -89,12 +94,16 @@ class EvaluateConfig:
     """How a trained run is scored: greedy answers to single questions on `source`.
 
     boards: at most so many images (0: all). batch: questions per forward pass.
+    queries: other numbers of visual tokens at which the same weights are scored too (elastic compressors).
     controls: "blank" (a grey image) and "shuffled" (another sample's image); what they score is owed to language alone.
+        For a compressor that is told the question also "null_text" (it is told nothing) and "shuffled_text" (another
+        question): what the score loses is owed to the conditioning. The LLM always reads the right question.
     """
 
     source: Source
     boards: int = 0
     batch: int = 64
+    queries: tuple[int, ...] = ()
     controls: tuple[str, ...] = ("blank", "shuffled")
 
 

@@ -3,6 +3,7 @@
     load_run:     a run's folder -> its resolved config
     train_run:    config -> model with its weights, features, batches -> tcjax.train.loop -> trained model
     trained:      a run's folder -> the model as it was trained
+    at:           that model with fewer visual tokens, where one training serves several numbers
 
 Content (datasets, configs) arrives as paths below the project's root.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -22,8 +24,11 @@ from rich.console import Console
 from rich.progress import Progress, TimeElapsedColumn, TimeRemainingColumn
 
 from tcjax.assemble import assemble
+from tcjax.compressors.base import CompressorConfig
 from tcjax.config import Run, Source
 from tcjax.evaluate.cost import training_flops
+from tcjax.interop import names
+from tcjax.interop.mismatch import mismatch
 from tcjax.pipeline.images import CorruptImage
 from tcjax.pipeline.input import make_input
 from tcjax.pipeline.source import open_source
@@ -34,7 +39,7 @@ from tcjax.train.features import cached_features
 from tcjax.train.loop import Outcome, train
 from tcjax.train.optimiser import make_optimiser
 from tcjax.train.state import init, split
-from tcjax.vlm import VlmConfig
+from tcjax.vlm import Vlm, VlmConfig
 
 FEATURES = "runs/features"
 
@@ -70,6 +75,7 @@ def train_run(run: Run, *, root: Path, out: Path, quiet: bool = False) -> Outcom
         process_count=jax.process_count(),
         features=features,
         patch=config.labelled_patch,
+        instructed=isinstance(config, VlmConfig) and config.reads_text,
     )
     return train(
         run,
@@ -96,7 +102,7 @@ def tower_features(
             return None
 
     facts = {
-        "tower": to_dict(config.tower) | {"weights": identity["tower.weights"]},
+        "tower": to_dict(model.tower.cfg) | {"weights": identity["tower.weights"]},
         "dataset": fingerprint(source, root),
         "images": len(prepared),
     }
@@ -130,6 +136,25 @@ def trained(run: Run, *, root: Path, out: Path) -> tuple[nnx.Module, dict[str, A
     if restored is None:
         raise ValueError(f"{out} holds no checkpoint yet; run `tcjax train` on its config first.")
     return nnx.merge(graphdef, restored.state.trainable, place(frozen, mesh)), identity, restored.step
+
+
+def at(run: Run, model: nnx.Module, num_queries: int) -> tuple[Run, Vlm]:
+    """The run and its model at another number of visual tokens, with the same weights.
+
+    Raises:
+        ValueError: the compressor is not elastic, cannot give this number, or would need other weights for it.
+    """
+    config = run.model
+    assert isinstance(config, VlmConfig) and isinstance(config.compressor, CompressorConfig)
+    smaller = replace(config, compressor=config.compressor.at(num_queries))
+    abstract = nnx.eval_shape(lambda: smaller.build(nnx.Rngs(0)))
+    different = mismatch(names.shapes(model), names.shapes(abstract), "leaves")
+    if different is not None:
+        raise ValueError(
+            f"{run.name} at {num_queries} tokens needs other weights than it was trained with: {different}"
+        )
+    graphdef, _ = nnx.split(abstract)
+    return run.replace(model=smaller), nnx.merge(graphdef, nnx.state(model))
 
 
 # What may change when a run goes on: how long, how often it speaks and saves.

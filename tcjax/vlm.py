@@ -2,10 +2,13 @@
 
 The splice is static: row b has exactly Q image positions, and their running count indexes the Q visual tokens.
 A visual token that the compressor marks invalid is hidden from attention and takes no position.
+A compressor may be told the question (`Batch.instruction_BT`, embedded by the LLM's own table, without positions) and
+the tower's earlier layers; what it does at random it does in training only, by a key per sample and step.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -22,7 +25,10 @@ from tcjax.towers.vit import Vit, VitConfig
 
 @dataclass(frozen=True, kw_only=True)
 class VlmConfig:
-    """tower and llm are frozen unless `TrainConfig.trainable` names them; compressor is what a study varies."""
+    """tower and llm are frozen unless `TrainConfig.trainable` names them; compressor is what a study varies.
+
+    seen: the tower as it is built, with what the compressor wants of it (`CompressorConfig.of_tower`).
+    """
 
     tower: VitConfig
     compressor: object
@@ -31,14 +37,35 @@ class VlmConfig:
     @cached_property
     def widths(self) -> Widths:
         return Widths(
-            grid_HW=self.tower.grid_HW, vision_C=self.tower.width, llm_D=self.llm.width, text_D=self.llm.width
+            grid_HW=self.seen.grid_HW,
+            vision_C=self.seen.width,
+            llm_D=self.llm.width,
+            text_D=self.llm.width,
+            levels=len(self.seen.levels),
         )
+
+    @cached_property
+    def seen(self) -> VitConfig:
+        return dataclasses.replace(self.tower, **self._compressor.of_tower())
+
+    @property
+    def _compressor(self) -> CompressorConfig:
+        return self.compressor  # pyright: ignore[reportReturnType]
 
     @property
     def num_queries(self) -> int:
         """Q, the visual tokens the LLM sees; ValueError if the compressor cannot give them on this grid."""
-        config: CompressorConfig = self.compressor  # pyright: ignore[reportAssignmentType]
-        return config.outputs(self.widths)
+        return self._compressor.outputs(self.widths)
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether the compressor is conditioned on the question."""
+        return "text" in self._compressor.needs
+
+    @property
+    def averaged_over(self) -> tuple[int, ...]:
+        """Numbers of active visual tokens whose losses a training step averages; () is all of them at once."""
+        return self._compressor.averaged_over()
 
     @property
     def labelled_patch(self) -> None:
@@ -55,26 +82,56 @@ class Vlm(nnx.Module):
     def __init__(self, config: VlmConfig, *, rngs: nnx.Rngs):
         config.num_queries  # noqa: B018  an impossible Q is said before anything is built
         compressor: CompressorConfig = config.compressor  # pyright: ignore[reportAssignmentType]
-        self.tower: Vit = config.tower.build(rngs)
+        self.averaged_over = config.averaged_over
+        self.tower: Vit = config.seen.build(rngs)
         self.compressor: Compressor = compressor.build(config.widths, rngs)
         self.llm: Decoder = config.llm.build(rngs)
 
     def see(self, batch: Batch) -> jax.Array:
-        """The tower's tokens_BNC, from pixels or from the cache of features."""
+        """What the tower hands over, from pixels or from the cache: tokens_BNC, and behind them its earlier layers."""
         return self.tower(batch.images_BYX3) if batch.features_BNC is None else batch.features_BNC
 
     def compress(self, batch: Batch, context: Context = Context()) -> Compressed:
-        return self.compressor(self.see(batch), context)
+        seen_BNC, C = self.see(batch), self.tower.cfg.width
+        context = context._replace(index_B=batch.index_B)
+        if self.tower.cfg.levels:
+            context = context._replace(levels_BNE=seen_BNC[..., C:])
+        if batch.instruction_BT is not None:
+            ids_BT = batch.instruction_BT
+            text_BTD = self.llm.embed(jnp.maximum(ids_BT, 0))
+            context = context._replace(text_BTD=text_BTD, text_valid_BT=ids_BT >= 0)
+        return self.compressor(seen_BNC[..., :C], context)
 
-    def embed(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    def embed(self, batch: Batch, context: Context = Context()) -> tuple[jax.Array, jax.Array]:
         """seq_BSD with the visual tokens in their places, and valid_BS."""
-        compressed = self.compress(batch)
+        compressed = self.compress(batch, context)
         text_BSD = self.llm.embed(batch.tokens_BS)
         return splice(text_BSD, compressed, batch.is_image_BS, batch.valid_BS)
 
-    def loss_terms(self, batch: Batch) -> loss.Terms:
-        """Next-token cross-entropy over the supervised tokens, as a sum and a count."""
-        seq_BSD, valid_BS = self.embed(batch)
+    def loss_terms(self, batch: Batch, key: jax.Array | None = None, progress: jax.Array | None = None) -> loss.Terms:
+        """Next-token cross-entropy over the supervised tokens, as a sum and a count.
+
+        Args:
+            key: of this training step; every sample draws from it by its own index, so neither the number of devices
+                nor of microbatches matters. None: nothing is random.
+            progress: share of the training that is over, float32.
+        """
+        keys_B = None
+        if key is not None:
+            index_B = jnp.arange(len(batch.tokens_BS)) if batch.index_B is None else batch.index_B
+            keys_B = jax.vmap(lambda index: jax.random.fold_in(key, index))(index_B)
+        context = Context(keys_B=keys_B, progress=progress)
+        if not self.averaged_over:
+            return self._terms(batch, context)
+        batch = batch._replace(features_BNC=self.see(batch))
+        each = []
+        for active in self.averaged_over:
+            active_B = jnp.full(len(batch.tokens_BS), active)
+            each.append(self._terms(batch, context._replace(active_B=active_B)))
+        return jax.tree.map(lambda *terms: sum(terms) / len(each), *each)
+
+    def _terms(self, batch: Batch, context: Context) -> loss.Terms:
+        seq_BSD, valid_BS = self.embed(batch, context)
         logits_BSV = self.llm.logits(self.llm(seq_BSD, valid_BS, batch.segment_BS))
         return loss.next_token(logits_BSV, batch.tokens_BS, batch.supervised_BS)
 

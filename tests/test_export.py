@@ -18,47 +18,119 @@ from tcjax.export.artifact import ArtifactMismatch, export, load_artifact
 from tcjax.export.torch import verify
 from tcjax.interop import names, tensors
 from tcjax.record import file_hash
+from tests import grid_cases
 from tests.exported import CASES, PROVENANCE, ROWS, WIDTHS, artifact, artifact_copy, built
 
+IDEFICS2_LAYER = (
+    "input_latents_norm input_context_norm post_attention_layernorm self_attn.q_proj self_attn.k_proj self_attn.v_proj "
+    "self_attn.o_proj mlp.gate_proj mlp.up_proj mlp.down_proj"
+).split()
+QFORMER = """attention.attention.query attention.attention.key attention.attention.value
+    attention.output.dense attention.output.LayerNorm
+    intermediate_query.dense output_query.dense output_query.LayerNorm"""
+CROSS = """crossattention.attention.query crossattention.attention.key crossattention.attention.value
+    crossattention.output.dense crossattention.output.LayerNorm"""
+
+
+def both(prefix: str, modules: str) -> str:
+    """Weight and bias of each."""
+    return " ".join(f"{prefix}{module}.{name}" for module in modules.split() for name in ("bias", "weight"))
+
+
+BLOCK = "conv1.conv.weight conv1.bn.weight conv1.bn.bias conv2.conv.weight conv2.bn.weight conv2.bn.bias se.fc1.weight "
+BLOCK += "se.fc1.bias se.fc2.weight se.fc2.bias conv3.conv.weight conv3.bn.weight conv3.bn.bias"
+BLOCKS = " ".join(f"net.{k}.b{b}.{key}" for k in (0, 2) for b in (1, 2) for key in BLOCK.split())
 KEYS = {  # as published; a wrong name is only a warning to most loaders
     "mlp": "0.bias 0.weight 2.bias 2.weight",
     "avg_pool": "0.bias 0.weight 2.bias 2.weight",
+    "avg_pool_after_mlp": "0.bias 0.weight",
+    "max_pool": "0.bias 0.weight 2.bias 2.weight",
+    "max_pool_after_mlp": "0.bias 0.weight 2.bias 2.weight",
+    "staged_pool": "blocks.{i}.dwconv.bias blocks.{i}.dwconv.weight blocks.{i}.layer_scale_parameter "
+    "blocks.{i}.layernorm.bias blocks.{i}.layernorm.weight blocks.{i}.pwconv1.bias blocks.{i}.pwconv1.weight "
+    "blocks.{i}.pwconv2.bias blocks.{i}.pwconv2.weight "
+    "mm_projector.0.bias mm_projector.0.weight mm_projector.2.bias mm_projector.2.weight",
+    "gemma3_pool": "mm_input_projection_weight mm_soft_emb_norm.weight",
+    "matryoshka_pool": "0.bias 0.weight 2.bias 2.weight",
+    "random_tokens": "0.bias 0.weight 2.bias 2.weight",
+    "stride_tokens": "0.bias 0.weight 2.bias 2.weight",
+    "first_tokens": "0.bias 0.weight 2.bias 2.weight",
     "pixel_shuffle": "modality_projection.proj.weight",
     "pixel_shuffle_mlp": "mlp1.0.bias mlp1.0.weight mlp1.1.bias mlp1.1.weight mlp1.3.bias mlp1.3.weight",
-    "token_packer": "clip_attn.in_proj_bias clip_attn.in_proj_weight clip_attn.out_proj.bias clip_attn.out_proj.weight "
-    "k_proj_1.0.bias k_proj_1.0.weight k_proj_1.2.bias k_proj_1.2.weight ln_k_1.bias ln_k_1.weight ln_q_1.bias "
-    "ln_q_1.weight ln_v_1.bias ln_v_1.weight mlp.0.bias mlp.0.weight mlp.2.bias mlp.2.weight q_proj_1.weight "
-    "v_proj_1.0.bias v_proj_1.0.weight v_proj_1.2.bias v_proj_1.2.weight",
-    "quecc": "0.clip_attn.in_proj_bias 0.clip_attn.in_proj_weight 0.clip_attn.out_proj.bias "
-    "0.clip_attn.out_proj.weight 0.k_proj.0.bias 0.k_proj.0.weight 0.k_proj.2.bias 0.k_proj.2.weight 0.k_proj.3.bias "
-    "0.k_proj.3.weight 0.q_downsample.bias 0.q_downsample.weight 0.q_proj.0.bias 0.q_proj.0.weight 0.q_proj.2.bias "
-    "0.q_proj.2.weight 0.q_proj.3.bias 0.q_proj.3.weight 0.text_projection.0.bias 0.text_projection.0.weight "
-    "0.text_projection.1.bias 0.text_projection.1.weight 0.v_proj.0.bias 0.v_proj.0.weight 0.v_proj.2.bias "
-    "0.v_proj.2.weight 0.v_proj.3.bias 0.v_proj.3.weight 1.bias 1.weight 3.bias 3.weight",
-    "ldp": "model.mlp.1.bias model.mlp.1.weight model.mlp.3.bias model.mlp.3.weight "
-    + " ".join(
-        f"model.mb_block.{block}.block.{name}"
-        for block in (1, 2)
-        for name in "0.0.weight 0.1.bias 0.1.weight 1.fc1.bias 1.fc1.weight 1.fc2.bias 1.fc2.weight 2.0.weight "
-        "2.1.bias 2.1.weight".split()
-    ),
-    "ldp_v2": "mlp.mlp.0.bias mlp.mlp.0.weight mlp.mlp.2.bias mlp.mlp.2.weight peg.peg.0.bias peg.peg.0.weight",
-    "conv16": "net_2.weight net_3.weight out_proj.bias out_proj.weight",
-    "conv16_neck": "neck.0.weight neck.1.bias neck.1.weight neck.2.weight neck.3.bias neck.3.weight net_2.weight "
-    "net_3.weight out_proj.bias out_proj.weight",
+    "chain": "parts.0.0.bias parts.0.0.weight parts.0.2.bias parts.0.2.weight parts.1.modality_projection.proj.weight",
+    "per_frame": "each.0.bias each.0.weight each.2.bias each.2.weight",
+    "elastic": "",
+    "pixel_shuffle_v1": "mlp1.0.bias mlp1.0.weight mlp1.1.bias mlp1.1.weight mlp1.3.bias mlp1.3.weight",
+    "qwen2_vl": "ln_q.bias ln_q.weight mlp.0.bias mlp.0.weight mlp.2.bias mlp.2.weight",
+    "qwen2_5_vl": "ln_q.weight mlp.0.bias mlp.0.weight mlp.2.bias mlp.2.weight",
+    "qwen3_vl": "linear_fc1.bias linear_fc1.weight linear_fc2.bias linear_fc2.weight norm.bias norm.weight",
+    "qwen3_vl_deepstack": "linear_fc1.bias linear_fc1.weight linear_fc2.bias linear_fc2.weight norm.bias norm.weight",
+    "mistral3": "linear_1.weight linear_2.weight norm.weight patch_merger.merging_layer.weight",
+    "learned_merge": "importance_network.local.bias importance_network.local.weight importance_network.mixed.bias "
+    "importance_network.mixed.weight importance_network.norm.bias importance_network.norm.weight "
+    "importance_network.overall.weight importance_network.score.weight merger_network.back.weight "
+    "merger_network.dropped.weight merger_network.kept.bias merger_network.kept.weight metric.weight "
+    "out.0.bias out.0.weight out.2.bias out.2.weight",
+    "learned_merge_told": "importance_network.text_norm.bias importance_network.text_norm.weight "
+    "importance_network.text_query.weight importance_network.token_key.weight importance_network.trust",  # beside those
+    "learned_merge_literal": "importance_network.0.bias importance_network.0.weight importance_network.2.bias "
+    "importance_network.2.weight merger_network.0.bias merger_network.0.weight merger_network.2.bias "
+    "merger_network.2.weight out.0.bias out.0.weight out.2.bias out.2.weight",
+    "query_merge": "norm.bias norm.weight out.0.bias out.0.weight out.2.bias out.2.weight relevance.key.weight "
+    "relevance.norm.bias relevance.norm.weight relevance.query.weight slot_key.weight slots",
+    "query_merge_literal": "norm.bias norm.weight out.0.bias out.0.weight out.2.bias out.2.weight "
+    "relevance.query.weight slot_key.weight slots",
+    "token_learner": "LayerNorm_0.bias LayerNorm_0.weight out.0.bias out.0.weight out.2.bias out.2.weight "
+    "token_masking.Dense_0.bias token_masking.Dense_0.weight token_masking.Dense_1.weight",
+    "c_abstractor": f"{BLOCKS} pos_emb readout.0.bias readout.0.weight readout.2.bias readout.2.weight "
+    "net.0.b1.downsample.conv.weight net.0.b1.downsample.bn.weight net.0.b1.downsample.bn.bias",
+    "c_abstractor_bare": f"{BLOCKS} prenorm.bias prenorm.weight readout.0.bias readout.0.weight readout.2.bias "
+    "readout.2.weight readout.4.bias readout.4.weight",
+    "d_abstractor_bare": "input_proj.0.bias input_proj.0.weight query_position_embeddings.weight reference_points v_pos_emb "
+    "layers.{i}.self_attn.k_proj.bias layers.{i}.self_attn.k_proj.weight layers.{i}.self_attn.v_proj.bias "
+    "layers.{i}.self_attn.v_proj.weight layers.{i}.self_attn.q_proj.bias layers.{i}.self_attn.q_proj.weight "
+    "layers.{i}.self_attn.out_proj.bias layers.{i}.self_attn.out_proj.weight layers.{i}.self_attn_layer_norm.bias "
+    "layers.{i}.self_attn_layer_norm.weight layers.{i}.encoder_attn.sampling_offsets.bias "
+    "layers.{i}.encoder_attn.sampling_offsets.weight layers.{i}.encoder_attn.attention_weights.bias "
+    "layers.{i}.encoder_attn.attention_weights.weight layers.{i}.encoder_attn.value_proj.bias "
+    "layers.{i}.encoder_attn.value_proj.weight layers.{i}.encoder_attn.output_proj.bias "
+    "layers.{i}.encoder_attn.output_proj.weight layers.{i}.encoder_attn_layer_norm.bias "
+    "layers.{i}.encoder_attn_layer_norm.weight layers.{i}.fc1.bias layers.{i}.fc1.weight layers.{i}.fc2.bias "
+    "layers.{i}.fc2.weight layers.{i}.final_layer_norm.bias layers.{i}.final_layer_norm.weight",
     "resampler_video": "frame_embs media_time_embs",  # beside the resampler's
+    "idefics2_resampler": "modality_projection.gate_proj.weight modality_projection.up_proj.weight "
+    "modality_projection.down_proj.weight perceiver_resampler.latents perceiver_resampler.norm.weight "
+    + " ".join(f"perceiver_resampler.layers.{{i}}.{key}.weight" for key in IDEFICS2_LAYER),
+    "query_resampler_anywhere": "resize_linear.weight resize_linear.bias pre_mlp.0.weight pre_mlp.0.bias "
+    "pre_mlp.2.weight pre_mlp.2.bias proj.0.weight proj.0.bias proj.2.weight proj.2.bias "
+    "perceiver.latents perceiver.norm.weight "
+    + " ".join(f"perceiver.layers.{{i}}.{key}.weight" for key in IDEFICS2_LAYER),
+    "query_resampler": "position_embedding.weight",  # beside the former's
     "resampler": "latents norm.bias norm.weight out_proj.bias out_proj.weight "
     "layers.{i}.0.norm_latents.bias layers.{i}.0.norm_latents.weight layers.{i}.0.norm_media.bias "
     "layers.{i}.0.norm_media.weight layers.{i}.0.to_kv.weight layers.{i}.0.to_out.weight layers.{i}.0.to_q.weight "
     "layers.{i}.1.0.bias layers.{i}.1.0.weight layers.{i}.1.1.weight layers.{i}.1.3.weight",
+    "qformer": f"query_tokens {both('', 'qformer.layernorm language_projection')} "
+    f"{both('qformer.encoder.layer.{i}.', QFORMER)} {both('qformer.encoder.layer.0.', CROSS)}",
+    "qformer_text": "query_tokens qformer.embeddings.position_embeddings.weight "
+    f"{both('', 'qformer.embeddings.layernorm language_projection text_proj')} "
+    f"{both('qformer.encoder.layer.{i}.', QFORMER + ' ' + CROSS)} "
+    f"{both('qformer.encoder.layer.{i}.', 'intermediate.dense output.dense output.LayerNorm')}",
 }
 
 
-KEYS["token_packer_oblong"], KEYS["quecc_last"] = KEYS["token_packer"], KEYS["quecc"]
+BESIDE = {
+    "resampler_video": "resampler",
+    "elastic": "resampler",
+    "query_resampler": "query_resampler_anywhere",
+    "learned_merge_told": "learned_merge",
+}
+KEYS |= grid_cases.KEYS
+KEYS["d_abstractor"] = f"{KEYS['d_abstractor_bare']} output_proj.bias output_proj.weight"
 
 
 def published_keys(case: str) -> str:
-    return KEYS[case] + (" " + KEYS["resampler"] if case == "resampler_video" else "")
+    return KEYS[case] + (" " + KEYS[BESIDE[case]] if case in BESIDE else "")
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -40,12 +40,24 @@ def merge_channels_first(weights):
     weights["modality_projection.proj.weight"] = wide_DE.reshape(12, 4, 8).swapaxes(1, 2).reshape(12, 32)
 
 
+def swap_feed_forwards(weights):
+    """The queries get the text's."""
+    for layer in ("qformer.encoder.layer.0.intermediate", "qformer.encoder.layer.0.output"):
+        for name in [name for name in weights if name.startswith(f"{layer}.")]:
+            queries = name.replace(layer, f"{layer}_query")
+            weights[name], weights[queries] = weights[queries], weights[name]
+
+
+def swap_rows_and_columns(weights):
+    weights["reference_points"] = weights["reference_points"][..., ::-1].copy()
+
+
 def swap_projections(weights):
     keys, values = (weights[f"{name}_proj_1.2.weight"] for name in "kv")
     weights["k_proj_1.2.weight"], weights["v_proj_1.2.weight"] = values, keys
 
 
-def swap_rows_and_columns(weights):
+def turn_kernel(weights):
     weights["net_3.weight"] = np.ascontiguousarray(weights["net_3.weight"].swapaxes(2, 3))
 
 
@@ -70,8 +82,10 @@ SPOILED_WEIGHTS = {
     "transposed square weight": ("mlp", transpose, r"parity: plain: off by"),
     "swapped keys and values": ("resampler", swap_keys_and_values, r"parity: plain: off by"),
     "channel-major merge": ("pixel_shuffle", merge_channels_first, r"parity: plain: off by"),
+    "swapped feed-forwards": ("qformer_text", swap_feed_forwards, r"parity: plain: off by"),
+    "points as (y, x)": ("d_abstractor", swap_rows_and_columns, r"parity: plain: off by"),
     "swapped projections": ("token_packer", swap_projections, r"parity: plain: off by"),
-    "kernel with rows for columns": ("conv16", swap_rows_and_columns, r"parity: plain: off by"),
+    "kernel with rows for columns": ("conv16", turn_kernel, r"parity: plain: off by"),
     "dropped key": ("mlp", drop, r'load: .*Missing key\(s\) in state_dict: "2\.bias"'),
     "extra key": ("mlp", add, r'load: .*Unexpected key\(s\) in state_dict: "4\.weight"'),
     "wrong shape": ("mlp", misshape, r"load: .*size mismatch for 0\.weight"),
@@ -82,7 +96,14 @@ SPOILED_CONFIG = {
     "tanh GELU in the resampler": ("resampler", {"activation": "gelu_pytorch_tanh"}, r"parity: plain: off by"),
     "eps in the resampler": ("resampler", {"norm_eps": 1e-6}, r"parity: faint: off by"),
     "eps in the pixel shuffle": ("pixel_shuffle_mlp", {"norm_eps": 1e-6}, r"parity: faint: off by"),
+    "eps in the idefics2 resampler": ("idefics2_resampler", {"norm_eps": 1e-6}, r"parity: faint: off by"),
+    "the image before the question": ("query_resampler", {"reading_order": "image, text"}, r"load: .*'image, text'"),
+    "eps in the C-Abstractor's blocks": ("c_abstractor", {"norm_eps": 1e-6}, r"parity: \w+: off by"),
+    "eps before the C-Abstractor's blocks": ("c_abstractor_bare", {"prenorm_eps": 1e-5}, r"parity: faint: off by"),
+    "eps in the D-Abstractor": ("d_abstractor", {"norm_eps": 1e-6}, r"parity: \w+: off by"),
+    "content in place of positions": ("d_abstractor", {"pooled_v_target": "tgt"}, r"parity: plain: off by"),
     "other heads": ("resampler", {"heads": 4, "head_width": 2}, r"parity: plain: off by"),
+    "other heads in the Q-Former": ("qformer", {"heads": 4}, r"parity: plain: off by"),
     "other bins": ("avg_pool", {"pooled": [2, 3]}, r"parity: plain: off by"),
     "another number of tokens": ("avg_pool", {"pooled": [2, 2]}, r"output is \[2, 4, 12\], JAX gave \[2, 6, 12\]"),
     "turned grid": ("pixel_shuffle", {"grid": [6, 4]}, r"parity: plain: off by"),
@@ -96,7 +117,16 @@ SPOILED_CONFIG = {
     "another query": ("token_packer", {"query": "antialiased"}, r"load: .*'antialiased'"),
     "the last word for the mean": ("quecc", {"text_pool": "last"}, r"parity: plain: off by"),
     "eps in the LDP": ("ldp", {"norm_eps": 1e-6}, r"parity: faint: off by"),
-    "another place of the pool": ("avg_pool", {"order": "mlp, then pool"}, r"load: .*'mlp, then pool'"),
+    "another place of the pool": ("avg_pool", {"order": "mlp, then pool"}, r"parity: plain: off by"),
+    "an unknown place of the pool": ("avg_pool", {"order": "mlp"}, r"load: .*'mlp'"),
+    "another merge order in the merger": ("mistral3", {"channel_order": "row, column, channel"}, r"plain: off by"),
+    "blocks column by column": ("pixel_shuffle_mlp", {"output_order": "column by column"}, r"plain: off by"),
+    "eps in the merger": ("qwen2_5_vl", {"norm_eps": 1e-5}, r"parity: faint: off by"),
+    "another draw": ("random_tokens", {"seed": 4}, r"parity: plain: off by"),
+    "another lattice": ("stride_tokens", {"mode": "first"}, r"parity: plain: off by"),
+    "another stage": ("staged_pool", {"stages": [[4, 6], [4, 4], [3, 3]]}, r"parity: plain: off by"),
+    "other temperature of the shares": ("learned_merge", {"temperature": 0.2}, r"parity: plain: off by"),
+    "exact GELU in the maps": ("token_learner", {"activation": "gelu"}, r"parity: plain: off by"),
     "another family": ("avg_pool", {"family": "mlp"}, r"load: .*'avg_pool', the config is of 'mlp'"),
 }
 SPOILED_CODE = {
@@ -107,7 +137,74 @@ SPOILED_CODE = {
         r"parity: masked: output is not finite",
     ),
     "padding is attended to": ("resampler", "torch.cat([valid,", "torch.cat([valid | True,", r"parity: masked: off by"),
+    "padded text is attended to": (
+        "qformer_text",
+        "torch.cat([everyone, text_valid]",
+        "torch.cat([everyone, text_valid | True]",
+        r"parity: plain: off by",
+    ),
+    "text reads the image": (
+        "qformer_text",
+        "queries, text = hidden[:, :num_queries], hidden[:, num_queries:]",
+        "queries, text = hidden, hidden[:, num_queries:]",
+        r"parity: plain: (off by|.*size)",
+    ),
+    "convolutions see padding": (
+        "c_abstractor",
+        "inner = inner.masked_fill(~keep, 0)",
+        "inner = inner * 1",
+        r"parity: masked: off by",
+    ),
+    "values of padding are read": (
+        "d_abstractor",
+        "values = values.masked_fill(~valid[..., None], 0)",
+        "values = values * 1",
+        r"parity: masked: off by",
+    ),
     "an empty bin is valid": ("avg_pool", "some = share > 0", "some = share >= 0", r"parity: masked: other outputs"),
+    "padding of the question is read": (
+        "query_resampler",
+        "self.seen(text_valid), self.seen(valid)",
+        "None, self.seen(valid)",
+        r"parity: plain: off by",
+    ),
+    "other heads share": (
+        "idefics2_resampler",
+        ".repeat_interleave(self.shared_by, dim=1)",
+        ".repeat(1, self.shared_by, 1, 1)",
+        r"parity: plain: off by",
+    ),
+    "padding wins": ("max_pool", 'float("-inf")', "0.0", r"parity: masked: off by"),
+    "the norm's bias is read": (
+        "qwen2_vl",
+        '"token").masked_fill(~keep, 0)',
+        '"token")',
+        r"parity: masked: off by",
+    ),
+    "the mlp's bias is averaged": (
+        "matryoshka_pool",
+        "masked_fill(~keep, 0)).masked_fill(~keep, 0)",
+        "masked_fill(~keep, 0))",
+        r"parity: masked: off by",
+    ),
+    "kept in order of score": (
+        "learned_merge",
+        "keepdim=True), length).sort(dim=-1).values",
+        "keepdim=True), length)",
+        r"parity: masked: other outputs|parity: plain: off by",
+    ),
+    "dropped tokens add nothing": (
+        "learned_merge",
+        "kept = kept + self.merge(",
+        "kept = kept + 0 * self.merge(",
+        r"parity: plain: off by",
+    ),
+    "padded text is read": (
+        "query_merge",
+        "text.masked_fill(~text_valid[..., None], 0)",
+        "text",
+        r"parity: plain: output is not finite",
+    ),
     "no text is a text": (
         "quecc",
         "self.text_projection(vector).masked_fill(count == 0, 0)",

@@ -32,7 +32,7 @@ def stepped(mesh_config: MeshConfig, num_devices: int, *, accumulate: int = 1, s
     step = jit_step(make_step(graphdef, optimiser, accumulate=accumulate), state, mesh)
     seen = []
     for number in range(steps):
-        state, metrics = step(state, frozen, place_batch(batch_at(number), mesh))
+        state, metrics = step(state, frozen, place_batch(batch_at(number), mesh), np.int32(number + 1))
         seen.append([float(metrics.loss), float(metrics.grad_norm), float(metrics.count)])
     assert step._cache_size() == 1
     return np.array(seen), flatten(state.trainable)

@@ -1,23 +1,24 @@
 """Average pooling: the grid is cut into h x w bins, and the LLaVA MLP projects each bin's mean.
 
-    y_q = W_2 gelu(W_1 mean(x_n : n in bin q))
+    y_q = W_2 gelu(W_1 mean(x_n : n in bin q))          or, "mlp, then pool", the mean of what the MLP makes of each x_n
 
 Bin i of h covers rows floor(i H / h) ... ceil((i + 1) H / h) - 1, torch's AdaptiveAvgPool2d: any h <= H, and bins
 overlap where h does not divide H (24 -> 10 by one row). With padding the mean is over the bin's valid tokens; a bin
 without any is an invalid output.
 
-Source: Yao et al. 2024, "DeCo: Decoupling Token Compression from Semantic Abstraction", with LLaVA-1.5's projector.
-Pooling comes before the MLP, as in DeCo; after it (PerceptionLM) the MLP costs N/Q times more. Biases start at 0.
-Cost: Q N C + Q (C D + D^2) multiplications per image; no parameters beyond the MLP.
+Source: Yao et al. 2024, "DeCo: Decoupling Token Compression from Semantic Abstraction", pools before LLaVA-1.5's
+projector; Cho et al. 2025, "PerceptionLM", pools after it (matryoshka_pool does so at several sizes at once).
+Departures: biases start at 0. depth=0 leaves the projection out, for chains of compressors.
+Cost: Q N C + Q (C D + D^2) multiplications per image, with the MLP first Q N D + N (C D + D^2); no parameters beyond it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from tcjax.compressors.base import (
@@ -28,21 +29,30 @@ from tcjax.compressors.base import (
     Widths,
     check_grid,
     handed_over,
+    masked,
     pooled_shape,
     visible,
 )
-from tcjax.interop.lines import linear
+from tcjax.interop import lines
 from tcjax.interop.names import Name
-from tcjax.nn.mlp import Mlp
-from tcjax.nn.pool import averaging_matrix
+from tcjax.nn.mlp import projector
+from tcjax.nn.pool import averaging_grid, bin_means
+
+Order = Literal["pool, then mlp", "mlp, then pool"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(CompressorConfig):
-    """num_queries: h * w. shape: (h, w) of the pooled grid; None takes the square."""
+    """num_queries: h * w. shape: (h, w) of the pooled grid; None takes the square.
+
+    depth: linear layers of the MLP; 0 projects nothing and needs a tower as wide as the LLM.
+    order: whether the bins' means are projected or the projected tokens averaged.
+    """
 
     num_queries: int = 64
     shape: tuple[int, int] | None = None
+    depth: int = 2
+    order: Order = "pool, then mlp"
     elastic = "pooling"
 
     def outputs(self, widths: Widths) -> int:
@@ -63,32 +73,36 @@ class Config(CompressorConfig):
         return self.pooled(widths)
 
     def semantics(self, widths: Widths) -> dict:
-        return {"pooled": list(self.pooled(widths)), "order": "pool, then mlp", "depth": 2, "activation": "gelu"}
+        return {
+            "pooled": list(self.pooled(widths)),
+            "order": self.order,
+            "depth": self.depth,
+            "activation": "gelu",
+        }
 
     def names(self, widths: Widths) -> list[Name]:
         """LLaVA's mm_projector."""
-        return [*linear("mlp/linears/0", "0"), *linear("mlp/linears/1", "2")]
+        return lines.mlp("mlp", "", self.depth)
 
 
 class AvgPool(Compressor):
     def __init__(self, config: Config, widths: Widths, *, rngs: nnx.Rngs):
+        if config.order not in get_args(Order):
+            raise ValueError(f"order={config.order!r} is no order of avg_pool; possible: {list(get_args(Order))}.")
         self.widths, self.num_outputs = widths, config.outputs(widths)
-        self.pooled = config.pooled(widths)
-        self.mlp = Mlp("CFD", (widths.vision_C, widths.llm_D, widths.llm_D), rngs=rngs)
+        self.pooled, self.mlp_first = config.pooled(widths), config.order == "mlp, then pool"
+        self.mlp = projector(widths.vision_C, widths.llm_D, config.depth, rngs=rngs)
 
     def __call__(self, tokens_BNC: jax.Array, context: Context = Context()) -> Compressed:
         check_grid(tokens_BNC, self.widths)
-        (H, W), (height, width) = self.widths.grid_HW, self.pooled
-        pool_QN = np.kron(averaging_matrix(H, height), averaging_matrix(W, width))
-        # float32: 1/9 in bfloat16 is off by 1/500, and then the nine shares of a bin no longer sum to 1.
-        wide_BNC = visible(tokens_BNC, context).astype(jnp.float32)
-        mean_BQC = jnp.einsum("QN,BNC->BQC", pool_QN, wide_BNC)
-        valid_BQ = assign_BQN = None
-        if context.valid_BN is not None:
-            valid_BN = context.valid_BN.astype(jnp.float32)
-            mass_BQ = jnp.einsum("QN,BN->BQ", pool_QN, valid_BN)
-            valid_BQ = mass_BQ > 0
-            mean_BQC = mean_BQC / jnp.where(valid_BQ, mass_BQ, 1)[..., None]
+        pool_QN, assign_BQN = averaging_grid(self.widths.grid_HW, self.pooled), None
+        seen_BNC = visible(tokens_BNC, context)
+        if self.mlp_first:
+            projected_BND = masked(self.mlp(seen_BNC), context.valid_BN)  # the MLP of nothing is its bias
+            tokens_BQD, valid_BQ = bin_means(pool_QN, projected_BND, context.valid_BN)
+        else:
+            mean_BQC, valid_BQ = bin_means(pool_QN, seen_BNC, context.valid_BN)
+            tokens_BQD = self.mlp(mean_BQC)
         if context.assign:
             assign_BQN = jnp.broadcast_to(pool_QN, (len(tokens_BNC), *pool_QN.shape))
-        return handed_over(self.mlp(mean_BQC.astype(tokens_BNC.dtype)), valid_BQ, assign_BQN, context)
+        return handed_over(tokens_BQD, valid_BQ, assign_BQN, context)

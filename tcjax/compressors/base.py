@@ -299,6 +299,16 @@ def pooled_shape(num_queries: int, shape: tuple[int, int] | None, widths: Widths
     return height, width
 
 
+def merge_factor(num_queries: int, widths: Widths, rule: str = "a whole s x s merge") -> int:
+    """s with num_queries = H / s * W / s on this grid; ValueError naming the possible numbers."""
+    H, W = one_image(widths)
+    sides = math.gcd(H, W)
+    queries = {H * W // s**2: s for s in range(1, sides + 1) if sides % s == 0}
+    if num_queries not in queries:
+        raise refuse_queries(num_queries, widths, rule, queries)
+    return queries[num_queries]
+
+
 def prefix_queries(num_queries: int, max_queries: int | None) -> int:
     """How many queries have weights when `num_queries` are handed out; ValueError if there are fewer than that."""
     most = num_queries if max_queries is None else max_queries

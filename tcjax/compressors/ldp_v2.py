@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from tcjax.compressors.base import (
@@ -30,12 +29,12 @@ from tcjax.compressors.base import (
     pooled_shape,
     visible,
 )
-from tcjax.interop.lines import conv, linear
+from tcjax.interop.lines import conv, mlp
 from tcjax.interop.names import Name
 from tcjax.nn.conv import Conv
 from tcjax.nn.dense import torch_uniform
 from tcjax.nn.mlp import Mlp
-from tcjax.nn.pool import averaging_matrix
+from tcjax.nn.pool import averaging_grid, bin_means
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,11 +73,7 @@ class Config(CompressorConfig):
 
     def names(self, widths: Widths) -> list[Name]:
         """MobileVLM V2's mm_projector."""
-        return [
-            *linear("mlp/linears/0", "mlp.mlp.0"),
-            *linear("mlp/linears/1", "mlp.mlp.2"),
-            *conv("peg", "peg.peg.0"),
-        ]
+        return [*mlp("mlp", "mlp.mlp.", 2), *conv("peg", "peg.peg.0")]
 
 
 class LdpV2(Compressor):
@@ -90,17 +85,9 @@ class LdpV2(Compressor):
 
     def __call__(self, tokens_BNC: jax.Array, context: Context = Context()) -> Compressed:
         check_grid(tokens_BNC, self.widths)
-        (H, W), (height, width) = self.widths.grid_HW, self.pooled
-        pool_QN = np.kron(averaging_matrix(H, height), averaging_matrix(W, width))
+        pool_QN = averaging_grid(self.widths.grid_HW, self.pooled)
         projected_BND = masked(self.mlp(visible(tokens_BNC, context)), context.valid_BN)
-        mean_BQD = jnp.einsum("QN,BND->BQD", pool_QN, projected_BND.astype(jnp.float32))
-        valid_BQ = assign_BQN = None
-        if context.valid_BN is not None:
-            mass_BQ = jnp.einsum("QN,BN->BQ", pool_QN, context.valid_BN.astype(jnp.float32))
-            valid_BQ = mass_BQ > 0
-            mean_BQD = mean_BQD / jnp.where(valid_BQ, mass_BQ, 1)[..., None]
-        if context.assign:
-            assign_BQN = jnp.broadcast_to(pool_QN, (len(tokens_BNC), *pool_QN.shape))
-        mean_BQD = mean_BQD.astype(projected_BND.dtype)
-        near_BHWD = self.peg(mean_BQD.reshape(-1, height, width, mean_BQD.shape[-1]))
+        mean_BQD, valid_BQ = bin_means(pool_QN, projected_BND, context.valid_BN)
+        near_BHWD = self.peg(mean_BQD.reshape(-1, *self.pooled, mean_BQD.shape[-1]))
+        assign_BQN = jnp.broadcast_to(pool_QN, (len(tokens_BNC), *pool_QN.shape)) if context.assign else None
         return handed_over(mean_BQD + near_BHWD.reshape(mean_BQD.shape), valid_BQ, assign_BQN, context)

@@ -26,9 +26,9 @@ from tcjax.compressors.base import (
     refuse_queries,
     visible,
 )
-from tcjax.interop.lines import linear
+from tcjax.interop import lines
 from tcjax.interop.names import Name
-from tcjax.nn.mlp import Mlp
+from tcjax.nn.mlp import projector
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +54,7 @@ class Config(CompressorConfig):
 
     def names(self, widths: Widths) -> list[Name]:
         """LLaVA's mm_projector: an nn.Sequential whose even members are the linear layers."""
-        return [line for k in range(self.depth) for line in linear(f"mlp/linears/{k}", str(2 * k))]
+        return lines.mlp("mlp", "", self.depth)
 
 
 class MlpProjector(Compressor):
@@ -62,8 +62,7 @@ class MlpProjector(Compressor):
         if config.depth < 1:
             raise ValueError(f"depth={config.depth}: a projector has at least 1 linear layer; LLaVA-1.5 has 2.")
         self.widths, self.num_outputs = widths, config.outputs(widths)
-        hidden = "".join("FE"[k % 2] for k in range(config.depth - 1))  # neighbouring letters differ
-        self.mlp = Mlp(f"C{hidden}D", [widths.vision_C] + [widths.llm_D] * config.depth, rngs=rngs)
+        self.mlp = projector(widths.vision_C, widths.llm_D, config.depth, rngs=rngs)
 
     def __call__(self, tokens_BNC: jax.Array, context: Context = Context()) -> Compressed:
         check_grid(tokens_BNC, self.widths)

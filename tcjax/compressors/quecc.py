@@ -17,7 +17,6 @@ Cost: 2 N (levels + 1) C^2 + 4 N C^2 + N C + 2 Q C^2 + Q (C D + D^2) multiplicat
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -34,14 +33,13 @@ from tcjax.compressors.base import (
     check_grid,
     handed_over,
     masked,
-    one_image,
+    merge_factor,
     read_levels,
     read_text,
-    refuse_queries,
     visible,
 )
 from tcjax.compressors.token_packer import attend_in_cells, check_levels
-from tcjax.interop.lines import attention, conv, linear, norm
+from tcjax.interop.lines import attention, conv, linear, mlp, norm
 from tcjax.interop.names import Name
 from tcjax.nn.cells import cells, from_cells
 from tcjax.nn.conv import Conv
@@ -75,11 +73,7 @@ class Config(CompressorConfig):
 
     def factor(self, widths: Widths) -> int:
         """s on this grid."""
-        sides = math.gcd(*one_image(widths))
-        queries = {widths.num_tokens // s**2: s for s in range(1, sides + 1) if sides % s == 0}
-        if self.num_queries not in queries:
-            raise refuse_queries(self.num_queries, widths, "a cut into s x s cells", queries)
-        return queries[self.num_queries]
+        return merge_factor(self.num_queries, widths, "a cut into s x s cells")
 
     def build(self, widths: Widths, rngs: nnx.Rngs) -> QueCC:
         return QueCC(self, widths, rngs=rngs)
@@ -106,8 +100,7 @@ class Config(CompressorConfig):
         """llava-token-compression's mm_projector: the module, then LLaVA's linear layers."""
         table = [*conv("downsample", "0.q_downsample"), *attention("attention", "0.clip_attn")]
         for ours, theirs in {"query": "0.q_proj", "key": "0.k_proj", "value": "0.v_proj"}.items():
-            table += [*linear(f"{ours}/mlp/linears/0", f"{theirs}.0"), *linear(f"{ours}/mlp/linears/1", f"{theirs}.2")]
-            table += norm(f"{ours}/norm", f"{theirs}.3")
+            table += [*mlp(f"{ours}/mlp", f"{theirs}.", 2), *norm(f"{ours}/norm", f"{theirs}.3")]
         table += [*linear("text", "0.text_projection.0"), *norm("norm_text", "0.text_projection.1")]
         return [*table, *linear("mlp/linears/0", "1"), *linear("mlp/linears/1", "3")]
 

@@ -39,7 +39,7 @@ from tcjax.compressors.base import (
     refuse_queries,
     visible,
 )
-from tcjax.interop.lines import attention, linear, norm
+from tcjax.interop.lines import attention, linear, mlp, norm
 from tcjax.interop.names import Name
 from tcjax.nn.cells import cells, from_cells
 from tcjax.nn.dense import dense, small_normal
@@ -113,7 +113,7 @@ class Config(CompressorConfig):
         """TokenPacker's mm_projector."""
         table = [*linear("query", "q_proj_1", bias=False), *attention("attention", "clip_attn")]
         for ours, theirs in {"key": "k_proj_1", "value": "v_proj_1", "mlp": "mlp"}.items():
-            table += [*linear(f"{ours}/linears/0", f"{theirs}.0"), *linear(f"{ours}/linears/1", f"{theirs}.2")]
+            table += mlp(ours, f"{theirs}.", 2)
         for ours, theirs in {"norm_query": "ln_q_1", "norm_key": "ln_k_1", "norm_value": "ln_v_1"}.items():
             table += norm(ours, theirs)
         return table

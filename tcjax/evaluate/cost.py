@@ -67,13 +67,13 @@ class Cost(NamedTuple):
 
 def cost(config: VlmConfig, text_tokens: int, bytes_per_value: int = 2) -> Cost:
     """The whole bill of a model at `text_tokens` beside the image. bytes_per_value: of the cache, 2 for bfloat16."""
-    Q, N = config.num_queries, config.tower.num_tokens
+    Q, N = config.num_queries, config.tower.num_tokens  # as the tower would give them by itself
     llm = llm_flops(config.llm, Q + text_tokens).total + head_flops(config.llm, 1)
     return Cost(
         visual_tokens=Q,
         text_tokens=text_tokens,
         ratio=N / Q,
-        tower_flops=tower_flops(config.tower).total,
+        tower_flops=tower_flops(config.seen).total,
         compressor_flops=compressor_flops(config.compressor, config.widths),  # pyright: ignore[reportArgumentType]
         llm_flops=llm,
         kv_bytes=kv_cache_bytes(Q + text_tokens, config.llm, bytes_per_value),
@@ -139,14 +139,15 @@ def training_flops(
         trainable: parts that learn, as in `TrainConfig.trainable`.
         cached_features: the tower's tokens come from the feature cache, so the tower costs nothing.
     """
-    S = config.num_queries + text_tokens
     compressor: CompressorConfig = config.compressor  # pyright: ignore[reportAssignmentType]
-    blocks = llm_flops(config.llm, S)
+    sequences = [Q + text_tokens for Q in config.averaged_over or (config.num_queries,)]
+    each = [llm_flops(config.llm, S) for S in sequences]
+    blocks = Flops(sum(flops.weights for flops in each), sum(flops.attention for flops in each))
     # The compressor's few attention FLOPs count as weights: it nearly always learns, and then both weigh 3.
     parts = {
-        "tower": Flops(0, 0) if cached_features else tower_flops(config.tower),
+        "tower": Flops(0, 0) if cached_features else tower_flops(config.seen),
         "compressor": Flops(compressor_flops(compressor, config.widths), 0),
-        "llm": Flops(blocks.weights + head_flops(config.llm, S), blocks.attention),
+        "llm": Flops(blocks.weights + head_flops(config.llm, sum(sequences)), blocks.attention),
     }
     unknown = sorted(set(trainable) - set(parts))
     if unknown:

@@ -38,7 +38,10 @@ class Turn(NamedTuple):
 
 
 class Rendered(NamedTuple):
-    """One row of a Batch. segment_S: 0 for begin mark and image, then 1, 2, ... per turn. dropped: turns that did not fit."""
+    """One row of a Batch. segment_S: 0 for begin mark and image, then 1, 2, ... per turn. dropped: turns that did not fit.
+
+    instruction: ids of the kept turns' questions alone, without marks, one after another.
+    """
 
     tokens_S: np.ndarray
     is_image_S: np.ndarray
@@ -46,6 +49,13 @@ class Rendered(NamedTuple):
     valid_S: np.ndarray
     segment_S: np.ndarray
     dropped: int = 0
+    instruction: tuple[int, ...] = ()
+
+
+def fitted(instruction: Sequence[int], length: int) -> np.ndarray:
+    """int32 instruction_T for `Batch.instruction_BT`: -1 after its end; a longer one loses its beginning, as in LAVIS."""
+    kept = list(instruction)[-length:]
+    return np.array(kept + [-1] * (length - len(kept)), np.int32)
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
@@ -90,7 +100,7 @@ class Chat:
             ValueError: no answer fits into `text_length`, or a word is unknown to the tokenizer.
         """
         ids, supervised, kept = list(self._begin), [False] * len(self._begin), 0
-        segment = [0] * len(self._begin)
+        segment, instruction = [0] * len(self._begin), ()
         for question, answer in turns:
             asked = self._question(question)
             said = (*self.encode(answer), *self._end)
@@ -99,6 +109,7 @@ class Chat:
             ids += [*asked, *said]
             supervised += [False] * len(asked) + [True] * len(said)
             kept += 1
+            instruction += self.instruction(question)
             segment += [kept] * (len(asked) + len(said))
         if not kept:
             raise ValueError(
@@ -114,11 +125,15 @@ class Chat:
         is_image_S[start : start + num_queries] = True
         valid_S[:end] = True
         segment_S[num_queries + start : end] = segment[start:]
-        return Rendered(tokens_S, is_image_S, supervised_S, valid_S, segment_S, len(turns) - kept)
+        return Rendered(tokens_S, is_image_S, supervised_S, valid_S, segment_S, len(turns) - kept, instruction)
 
     def render_question(self, question: str, *, num_queries: int) -> list[int]:
         """Prompt ids up to and including the assistant mark, image placeholders included."""
         return [*self._begin, *[self.image_id] * num_queries, *self._question(question)]
+
+    def instruction(self, question: str) -> tuple[int, ...]:
+        """The question's ids alone: what may condition a compressor."""
+        return self.encode(question)
 
     def answer_ids(self, answer: str) -> tuple[int, ...]:
         """What a right model generates: the answer and its end mark."""

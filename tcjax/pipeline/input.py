@@ -19,7 +19,7 @@ import numpy as np
 from tcjax.batch import Batch
 from tcjax.config import DataConfig, Pixels
 from tcjax.pipeline import images
-from tcjax.pipeline.chat import Chat, Template, load_tokenizer
+from tcjax.pipeline.chat import Chat, Template, fitted, load_tokenizer
 from tcjax.pipeline.source import Prepared, Record, open_source
 
 LABELS = ("digit_cells", "colour_cells")
@@ -36,6 +36,7 @@ class Samples:
     """One source as random access to rows of a Batch (no batch axis yet); safe to read from several threads.
 
     features: index in the split -> float32 [N, C] of the cached tower; a row of NaN stands for an unreadable image.
+    instructed: fill `instruction_BT`.
     """
 
     def __init__(
@@ -48,13 +49,17 @@ class Samples:
         features: Sequence[np.ndarray] | np.ndarray | None = None,
         patch: int | None = None,
         labels: tuple[str, ...] = LABELS,
+        instructed: bool = False,
     ):
+        if data.turns < 0:
+            raise ValueError(f"data.turns={data.turns}: takes a whole number from 1 up, or 0 for all turns.")
         if patch is not None and not set(labels) <= set(prepared.label_names):
             raise ValueError(f"{prepared.folder} has no dense labels {labels}; it has {prepared.label_names}.")
         if features is not None and len(features) != len(prepared):
             raise ValueError(f"{len(features)} cached features for the {len(prepared)} records of {prepared.split}.")
         self.prepared, self.chat, self.data, self.pixels = prepared, chat, data, pixels
         self.num_queries, self.features, self.patch, self.labels = num_queries, features, patch, labels
+        self.instructed = instructed
         self.corrupt: dict[int, str] = {}
         self.dropped_turns: dict[int, int] = {}
         self._seen = np.zeros(len(prepared), bool)
@@ -64,12 +69,16 @@ class Samples:
         return len(self.prepared)
 
     def __getitem__(self, index: int) -> Batch:
+        return self.draw(index, None)
+
+    def draw(self, index: int, random: np.random.Generator | None) -> Batch:
+        """The row of a record, or of the next readable one; `random` chooses its turns where `data.turns` wants some."""
         for step in range(len(self)):
             at = (index + step) % len(self)
             if at in self.corrupt:
                 continue
             try:
-                row = self._read(at)
+                row = self._read(at, random)
             except images.CorruptImage as error:
                 self._count(at, error)
             else:
@@ -77,8 +86,12 @@ class Samples:
                 return row
         raise TooManyCorrupt(f"no image of {self.prepared.folder} can be read.")
 
-    def _read(self, index: int) -> Batch:
+    def _read(self, index: int, random: np.random.Generator | None) -> Batch:
         record = self.prepared[index]
+        turns = record.turns
+        if random is not None and len(turns) > self.data.turns:
+            chosen = np.sort(random.permutation(len(turns))[: self.data.turns])
+            turns = [turns[i] for i in chosen]
         image_YX3 = features_NC = labels_NL = None
         if self.features is None:
             image_YX3 = images.decode(record.image, self.pixels, record.image_id)
@@ -89,7 +102,7 @@ class Samples:
         if self.patch is not None:
             labels_NL = patch_labels(record, self.labels, self.pixels.size_YX, self.patch)
         row = self.chat.render(
-            record.turns, num_queries=self.num_queries, text_length=self.data.text_length, name=record.image_id
+            turns, num_queries=self.num_queries, text_length=self.data.text_length, name=record.image_id
         )
         if row.dropped:
             self.dropped_turns[index] = row.dropped
@@ -99,6 +112,7 @@ class Samples:
             row.supervised_S,
             row.valid_S,
             row.segment_S if self.data.independent_turns else None,
+            fitted(row.instruction, self.data.instruction_length) if self.instructed else None,
             np.int32(index),
             image_YX3,
             features_NC,
@@ -163,6 +177,7 @@ def make_input(
     patch: int | None = None,
     labels: tuple[str, ...] = LABELS,
     template: Template = Template(),
+    instructed: bool = False,
 ) -> Input:
     """This process's share of every global batch.
 
@@ -172,6 +187,7 @@ def make_input(
             decoded. For a mixture a tuple with one per source.
         patch: patch size of the tower; given, `patch_labels_BNL` is filled from the dataset's `labels`.
         labels: which integer grids become the columns of `patch_labels_BNL`.
+        instructed: the compressor is told the question: `instruction_BT` is filled.
 
     Returns:
         Input; batches of `data.batch / process_count` rows. `index_B` counts within the row's own source.
@@ -189,10 +205,12 @@ def make_input(
     samples, streams = [], []
     for i, source in enumerate(data.sources):
         cached = None if features is None else per_source[i]
-        samples.append(Samples(open_source(root, source), chat, data, pixels, num_queries, cached, patch, labels))
+        prepared = open_source(root, source)
+        samples.append(Samples(prepared, chat, data, pixels, num_queries, cached, patch, labels, instructed))
         seed = int(np.random.SeedSequence([data.seed, i]).generate_state(1)[0])
         stream = grain.MapDataset.source(range(len(samples[-1]))).shuffle(seed=seed).repeat()
-        streams.append(stream.map(samples[-1].__getitem__))
+        read = samples[-1]
+        streams.append(stream.random_map(read.draw, seed=seed) if data.turns else stream.map(read.__getitem__))
     mixed = streams[0]
     if len(streams) > 1:
         mixed = grain.MapDataset.mix(streams, weights=[source.weight for source in data.sources])

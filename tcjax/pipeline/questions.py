@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tcjax.pipeline.chat import Chat
+from tcjax.pipeline.chat import Chat, fitted
 from tcjax.pipeline.source import Prepared
 
 
@@ -20,8 +20,9 @@ class EvaluationSet(NamedTuple):
 
     index_B: int32 record of the split, for `Prepared.image` or a feature cache.
     task_B, question_B, answer_B: str. chance_B: float32, accuracy of the best guess without the image.
-    tokens_BS, is_image_BS, valid_BS: the prompt, padded on the left. answer_BT: int32 ids of the answer and its end
-    mark, -1 after it.
+    tokens_BS, is_image_BS, valid_BS: the prompt, padded on the left. instruction_BT: the question's ids alone, -1 after
+    their end, for a compressor that is told the question; all -1 is the null text.
+    answer_BT: int32 ids of the answer and its end mark, -1 after it.
     """
 
     index_B: np.ndarray
@@ -32,11 +33,22 @@ class EvaluationSet(NamedTuple):
     tokens_BS: np.ndarray
     is_image_BS: np.ndarray
     valid_BS: np.ndarray
+    instruction_BT: np.ndarray
     answer_BT: np.ndarray
 
     def rows(self, rows: np.ndarray | slice) -> EvaluationSet:
         """Some of the questions."""
         return EvaluationSet(*(column[rows] for column in self))
+
+    def without_text(self) -> EvaluationSet:
+        """The compressor is told nothing; the LLM still reads the question."""
+        return self._replace(instruction_BT=np.full_like(self.instruction_BT, -1))
+
+    def with_other_text(self) -> EvaluationSet:
+        """The compressor is told another question: never this one, unless all are the same."""
+        texts, which_B = np.unique(self.instruction_BT, axis=0, return_inverse=True)
+        other_B = (which_B.reshape(-1) + max(len(texts) // 2, 1)) % len(texts)
+        return self._replace(instruction_BT=texts[other_B])
 
 
 def questions(
@@ -69,6 +81,8 @@ def questions(
     index, task, question, answer, chance = (np.array(column) for column in zip(*asked, strict=True))
     prompts = [chat.render_question(text, num_queries=num_queries) for text in question.tolist()]
     tokens_BS = _pad(prompts, chat.pad_id, left=True)
+    instructions = [chat.instruction(text) for text in question.tolist()]
+    longest = max(map(len, instructions))
     valid_BS = _pad([[1] * len(prompt) for prompt in prompts], 0, left=True).astype(bool)
     return EvaluationSet(
         index_B=index.astype(np.int32),
@@ -79,6 +93,7 @@ def questions(
         tokens_BS=tokens_BS,
         is_image_BS=(tokens_BS == chat.image_id) & valid_BS,
         valid_BS=valid_BS,
+        instruction_BT=np.stack([fitted(ids, longest) for ids in instructions]),
         answer_BT=_pad([chat.answer_ids(text) for text in answer.tolist()], -1, left=False),
     )
 

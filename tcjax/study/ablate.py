@@ -21,7 +21,7 @@ from tcjax.answer import evaluate_run, looks
 from tcjax.config import Run
 from tcjax.export.families import has_twin
 from tcjax.export.run import export_artifact
-from tcjax.job import train_run, trained
+from tcjax.job import at, train_run, trained
 from tcjax.record import fingerprint, write_json
 from tcjax.study import rows
 from tcjax.study.converged import converged
@@ -79,8 +79,9 @@ def ablate(folder: Path, choice: Choice, *, out: Path | None = None, quiet: bool
             continue
         console.print(f"{head}  {time.perf_counter() - begun:.0f} s so far", highlight=False)
         _claim(place, mark)
-        done[mark] = one_run(run, mark, list(done.values()), root=root, place=place, quiet=quiet)
-        rows.append(study, done[mark])
+        for row in run_rows(run, mark, list(done.values()), root=root, place=place, quiet=quiet):
+            done[row["fingerprint"]] = row
+            rows.append(study, row)
         means = {task: round(score["mean"], 3) for task, score in done[mark]["accuracy"].items()}
         text = f"{head}: mean {done[mark]['mean_accuracy']:.3f}  {means}"
         console.print(text, highlight=False, soft_wrap=True)
@@ -88,34 +89,47 @@ def ablate(folder: Path, choice: Choice, *, out: Path | None = None, quiet: bool
     return study
 
 
-def one_run(run: Run, mark: str, before: list[rows.Row], *, root: Path, place: Path, quiet: bool = False) -> rows.Row:
-    """Train, score and export one run; its row. before: the study's rows so far, for the artifact's card."""
+def run_rows(
+    run: Run, mark: str, before: list[rows.Row], *, root: Path, place: Path, quiet: bool = False
+) -> list[rows.Row]:
+    """Train, score and export one run: a row for every other Q that the same weights are scored at, then its own.
+
+    before: the study's rows so far, for the artifact's card.
+    """
     config = run.model
     if not isinstance(config, VlmConfig):
         raise ValueError(f"{run.name} trains a {type(config).__name__}; a study compares compressors of a VLM.")
     outcome = train_run(run, root=root, out=place, quiet=quiet)
     model, identity, step = trained(run, root=root, out=place)
     assert isinstance(model, Vlm)
-    scores = evaluate_run(run, model, identity, root=root, out=place, quiet=quiet)
-    looks(model, run, root=root, out=place)
     metrics, environ = read_metrics(place / "metrics.jsonl"), environment(root)
-    row = {
-        "run": place.name,
+    facts = {
         "compressor": run.label or type(config.compressor).__module__.rpartition(".")[2],
-        "num_queries": scores["visual_tokens"],
         "seed": run.train.seed,
-        **scores,
         "train_seconds": sum(line["seconds"] for line in metrics),
         "steps": step,
         "compiles": outcome.compiles,
         "converged": converged(metrics),
-        "fingerprint": mark,
         **{name: environ[name] for name in ("commit", "hardware", "date", "command")},
-        "artifact": f"{place.name}/artifact" if has_twin(config.compressor) else None,
     }
-    if row["artifact"]:
-        export_artifact(run, model, identity, out=place / "artifact", root=root, rows=[*before, row])
-    return row
+    found: list[rows.Row] = []
+    assert run.evaluate is not None
+    for number in run.evaluate.queries:
+        other, its_model = at(run, model, number)
+        scores = evaluate_run(other, its_model, identity, root=root, out=place / f"at-{number}", quiet=quiet)
+        found.append(facts | _row(f"{place.name}@{number}", f"{mark}@{number}", scores, None))
+    scores = evaluate_run(run, model, identity, root=root, out=place, quiet=quiet)
+    looks(model, run, root=root, out=place)
+    artifact = f"{place.name}/artifact" if has_twin(config.compressor) else None
+    found.append(facts | _row(place.name, mark, scores, artifact))
+    if artifact:
+        export_artifact(run, model, identity, out=place / "artifact", root=root, rows=[*before, *found])
+    return found
+
+
+def _row(name: str, mark: str, scores: dict, artifact: str | None) -> rows.Row:
+    asked = {"run": name, "num_queries": scores["visual_tokens"], "fingerprint": mark, "artifact": artifact}
+    return asked | scores
 
 
 def _claim(place: Path, mark: str) -> None:

@@ -49,8 +49,8 @@ class PatchLabels(nnx.Module):
         self.tower: Vit = config.tower.build(rngs)
         self.head = dense("CV", config.tower.width, sum(self.kinds), rngs=rngs)
 
-    def loss_terms(self, batch: Batch) -> loss.Terms:
-        """Summed over every patch and every kind of label."""
+    def loss_terms(self, batch: Batch, key: jax.Array | None = None, progress: jax.Array | None = None) -> loss.Terms:
+        """Summed over every patch and every kind of label; nothing here is random or depends on progress."""
         tokens_BNC = self.tower(batch.images_BYX3)
         logits_BNV = self.head(tokens_BNC)
         H, W = self.grid_HW

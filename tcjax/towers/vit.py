@@ -24,6 +24,7 @@ from tcjax.nn.activations import ACTIVATIONS
 from tcjax.nn.attention import attend
 from tcjax.nn.dense import dense, small_normal
 from tcjax.nn.norm import LayerNorm
+from tcjax.nn.positions import resize_matrix
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +35,8 @@ class VitConfig:
     patch on the right and at the bottom are left out (SigLIP's 384 = 27 * 14 + 6).
     pre_norm: a norm before the first block (CLIP). post_norm: a norm after the last one (SigLIP).
     feature_layer: -1 reads after the last block and the post norm; -2 before the last block (LLaVA), and so on.
+    levels: earlier layers handed over too, as hidden states are counted: 0 before the first block, 12 after the 12th.
+    shrunk_HW: token grid to which the image is resized first (bilinear, antialiased) with the position table (bicubic).
     weights: path of published safetensors ("": from the seed); loaded by whoever builds the run.
     """
 
@@ -50,6 +53,8 @@ class VitConfig:
     pre_norm: bool
     post_norm: bool
     feature_layer: int = -1
+    levels: tuple[int, ...] = ()
+    shrunk_HW: tuple[int, int] | None = None
     weights: str = ""
 
     def __post_init__(self):
@@ -63,11 +68,23 @@ class VitConfig:
             raise ValueError(f"activation={self.activation!r} is unknown; possible: {sorted(ACTIVATIONS)}.")
         if not -self.layers <= self.feature_layer <= -1:
             raise ValueError(f"feature_layer={self.feature_layer} must count from the end: {-self.layers} ... -1.")
+        if any(not 0 <= level <= self.layers for level in self.levels):
+            raise ValueError(f"levels={self.levels} must be hidden states of this tower: 0 ... {self.layers}.")
+        if self.shrunk_HW is not None and not all(
+            1 <= side <= full for side, full in zip(self.shrunk_HW, self.full_HW, strict=True)
+        ):
+            raise ValueError(f"shrunk_HW={self.shrunk_HW} must be from (1, 1) to the tower's own grid {self.full_HW}.")
+
+    @property
+    def full_HW(self) -> tuple[int, int]:
+        """The grid of the position table: pixels / patch."""
+        rows_Y, columns_X = self.pixels.size_YX
+        return rows_Y // self.patch, columns_X // self.patch
 
     @property
     def grid_HW(self) -> tuple[int, int]:
-        rows_Y, columns_X = self.pixels.size_YX
-        return rows_Y // self.patch, columns_X // self.patch
+        """The grid of the tokens handed over."""
+        return self.full_HW if self.shrunk_HW is None else self.shrunk_HW
 
     @property
     def num_tokens(self) -> int:
@@ -77,6 +94,11 @@ class VitConfig:
     @property
     def num_blocks(self) -> int:
         """Blocks that are built and run."""
+        return max(self.feature_state, *self.levels, 0)
+
+    @property
+    def feature_state(self) -> int:
+        """The hidden state that is handed over, counted from the embeddings."""
         return self.layers + 1 + self.feature_layer
 
     @property
@@ -96,7 +118,7 @@ class Vit(nnx.Module):
         self.patch = dense("PC", 3 * cfg.patch**2, cfg.width, bias=cfg.patch_bias, rngs=rngs)
         if cfg.class_token:
             self.class_token = nnx.Param(small_normal(rngs.params(), (cfg.width,)), axes="C")
-        num_positions = cfg.num_tokens + cfg.class_token
+        num_positions = cfg.full_HW[0] * cfg.full_HW[1] + cfg.class_token
         self.position = nnx.Param(small_normal(rngs.params(), (num_positions, cfg.width)), axes="NC")
         if cfg.pre_norm:
             self.pre_norm = LayerNorm("C", cfg.width, eps=cfg.norm_eps)
@@ -105,24 +127,55 @@ class Vit(nnx.Module):
             self.post_norm = LayerNorm("C", cfg.width, eps=cfg.norm_eps)
 
     def __call__(self, images_BYX3: jax.Array) -> jax.Array:
-        """Tokens of normalised images, [B, N, C] in row-major grid order."""
+        """Tokens of normalised images, [B, N, C] in row-major grid order.
+
+        With `levels`, [B, N, (1 + levels) * C]: the tokens first, then the earlier layers side by side.
+        """
         cfg = self.cfg
         if images_BYX3.ndim != 4 or images_BYX3.shape[1:] != (*cfg.pixels.size_YX, 3):
             raise ValueError(
                 f"images_BYX3 is {list(images_BYX3.shape)}, but this tower reads [B, {cfg.pixels.size_YX[0]}, "
                 f"{cfg.pixels.size_YX[1]}, 3]; resize the images or build the tower with their pixels.size_YX."
             )
-        tokens_BSC = self.patch(patches(images_BYX3, cfg.patch))
+        tokens_BSC = self.patch(patches(self._shrunk(images_BYX3), cfg.patch))
         if cfg.class_token:
             class_B1C = jnp.broadcast_to(self.class_token[...], (len(tokens_BSC), 1, cfg.width))
             tokens_BSC = jnp.concatenate([class_B1C.astype(tokens_BSC.dtype), tokens_BSC], axis=1)
-        tokens_BSC = tokens_BSC + self.position[...]
+        tokens_BSC = tokens_BSC + self._positions()
         if cfg.pre_norm:
             tokens_BSC = self.pre_norm(tokens_BSC)
+        if cfg.levels:
+            return self._with_levels(tokens_BSC)[:, int(cfg.class_token) :]
         tokens_BSC, _ = layers.run(self.blocks, lambda block, x_BSC, _: (block(x_BSC), None), tokens_BSC)
         if cfg.norms_last:
             tokens_BSC = self.post_norm(tokens_BSC)
         return tokens_BSC[:, int(cfg.class_token) :]
+
+    def _with_levels(self, tokens_BSC: jax.Array) -> jax.Array:
+        def step(block: Block, x_BSC: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
+            x_BSC = block(x_BSC)
+            return x_BSC, x_BSC
+
+        _, states_LBSC = layers.run(self.blocks, step, tokens_BSC)
+        states = [tokens_BSC, *states_LBSC]
+        last_BSC = states[self.cfg.feature_state]
+        if self.cfg.norms_last:
+            last_BSC = self.post_norm(last_BSC)
+        return jnp.concatenate([last_BSC, *(states[level] for level in self.cfg.levels)], axis=-1)
+
+    def _shrunk(self, images_BYX3: jax.Array) -> jax.Array:
+        if self.cfg.shrunk_HW is None:
+            return images_BYX3
+        height, width = (side * self.cfg.patch for side in self.cfg.shrunk_HW)
+        return jax.image.resize(images_BYX3, (len(images_BYX3), height, width, 3), "bilinear", antialias=True)
+
+    def _positions(self) -> jax.Array:
+        table_NC = self.position[...]
+        if self.cfg.shrunk_HW is None:
+            return table_NC
+        first = int(self.cfg.class_token)
+        resized_QC = jnp.asarray(resize_matrix(self.cfg.full_HW, self.cfg.shrunk_HW), table_NC.dtype) @ table_NC[first:]
+        return jnp.concatenate([table_NC[:first], resized_QC])
 
 
 class Block(nnx.Module):

@@ -90,7 +90,10 @@ def train(
     graphdef, trainable, frozen = split(model, config.trainable)
     frozen = place(frozen, mesh)
     state = place(init(place(trainable, mesh), optimiser), mesh)
-    step_fn = jit_step(make_step(graphdef, optimiser, accumulate=config.accumulate, dtype=dtype), state, mesh)
+    step_fn = make_step(
+        graphdef, optimiser, accumulate=config.accumulate, dtype=dtype, seed=config.seed, steps=config.steps
+    )
+    step_fn = jit_step(step_fn, state, mesh)
 
     checkpoints = Checkpoints(out / "checkpoints", keep=config.keep)
     restored = checkpoints.restore(state, identity)
@@ -128,7 +131,7 @@ def train(
                     read = next(batches)
                     batch = place_batch(read, mesh)
                 window.read(read)
-                state, metrics = step_fn(state, frozen, batch)
+                state, metrics = step_fn(state, frozen, batch, np.int32(step))
                 if pending is not None:
                     judge(*pending)
                 pending = (step, metrics)

@@ -8,6 +8,7 @@ Microbatches are strided (rows a, a + A, ...), so that each keeps every device b
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -32,21 +33,32 @@ class Metrics(NamedTuple):
 
 
 def make_step(
-    graphdef: Any, optimiser: optax.GradientTransformation, *, accumulate: int = 1, dtype: Any = jnp.float32
-) -> Callable[[State, Any, Batch], tuple[State, Metrics]]:
-    """`step(state, frozen, batch) -> (state, metrics)`, to be jitted with argument 0 donated.
+    graphdef: Any,
+    optimiser: optax.GradientTransformation,
+    *,
+    accumulate: int = 1,
+    dtype: Any = jnp.float32,
+    seed: int = 0,
+    steps: int = 1,
+) -> Callable[[State, Any, Batch, Any], tuple[State, Metrics]]:
+    """`step(state, frozen, batch, number) -> (state, metrics)`, to be jitted with argument 0 donated.
+
+    What the model draws at random is a pure function of (seed, number of the step, sample): a resumed run draws the same.
 
     Args:
         accumulate: microbatches per step, each B / accumulate rows.
         dtype: of the forward and backward pass; parameters, moments, loss and gradient sums are float32.
+        steps: of the whole training; `number` counts from 1 to it.
     """
 
-    def total(trainable: Any, frozen: Any, batch: Batch) -> tuple[jax.Array, Terms]:
-        terms = nnx.merge(graphdef, cast(trainable, dtype), cast(frozen, dtype)).loss_terms(cast(batch, dtype))
+    def total(trainable: Any, frozen: Any, batch: Batch, key: Any, progress: Any) -> tuple[jax.Array, Terms]:
+        model = nnx.merge(graphdef, cast(trainable, dtype), cast(frozen, dtype))
+        terms = model.loss_terms(cast(batch, dtype), key, progress)
         return terms.total, terms
 
-    def step(state: State, frozen: Any, batch: Batch) -> tuple[State, Metrics]:
-        gradient = jax.grad(total, has_aux=True)
+    def step(state: State, frozen: Any, batch: Batch, number: Any) -> tuple[State, Metrics]:
+        key, progress = jax.random.fold_in(jax.random.key(seed), number), number / jnp.float32(steps)
+        gradient = jax.grad(partial(total, key=key, progress=progress), has_aux=True)
         if accumulate == 1:
             grads, terms = gradient(state.trainable, frozen, batch)
         else:

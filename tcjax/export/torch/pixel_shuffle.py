@@ -7,7 +7,8 @@
 
 N is the grid, row by row. Channels of the wide token run (row, column, channel), channel fastest; torch's own
 PixelUnshuffle has the channel slowest, with equal shapes. Invalid tokens enter as 0; an output is valid if any of its
-tokens is. Head "linear" has the keys of Idefics3's connector, head "mlp" those of InternVL's mlp1.
+tokens is. Head "linear" has the keys of Idefics3's connector, head "mlp" those of InternVL's mlp1. The outputs come row
+by row, or column by column as from InternVL's first version (ps_version "v1").
 """
 
 import torch
@@ -23,6 +24,8 @@ class Compressor(nn.Module):
             raise ValueError(f"this file holds the family 'pixel_shuffle', the config is of {config['family']!r}")
         if config["channel_order"] != "row, column, channel":
             raise ValueError(f"this file merges in the order row, column, channel, not {config['channel_order']!r}")
+        if config["output_order"] not in ("row by row", "column by column"):
+            raise ValueError(f"this file emits row by row or column by column, not {config['output_order']!r}")
         wide, out = config["vision_width"] * config["factor"] ** 2, config["llm_width"]
         if config["head"] == "linear":
             self.modality_projection = nn.ModuleDict({"proj": nn.Linear(wide, out, bias=False)})
@@ -46,4 +49,5 @@ class Compressor(nn.Module):
         """[B, N, C] -> [B, N / s^2, s * s * C]."""
         (rows, columns), s = self.config["grid"], self.config["factor"]
         split = tokens.reshape(tokens.shape[0], rows // s, s, columns // s, s, tokens.shape[-1])
-        return split.permute(0, 1, 3, 2, 4, 5).flatten(3, 5).flatten(1, 2)
+        blocks = (1, 3) if self.config["output_order"] == "row by row" else (3, 1)
+        return split.permute(0, *blocks, 2, 4, 5).flatten(3, 5).flatten(1, 2)
