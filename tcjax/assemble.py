@@ -1,7 +1,8 @@
 """From a model's config to a model with its weights, and the facts by which a checkpoint knows its frozen neighbours again.
 
 Tower and LLM are read from safetensors under their published names (each file's NAMES table). A part started by
-`TrainConfig.weights` is read under our own leaf paths. Parts without weights start from the seed.
+`TrainConfig.weights` is read under our own leaf paths, a compressor also from its artifact. Parts without weights start from
+the seed.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from typing import Any
 
 from flax import nnx
 
-from tcjax.interop import names, tensors
+from tcjax.compressors.base import CompressorConfig
+from tcjax.interop import artifact, names, tensors
 from tcjax.llms import decoder
 from tcjax.llms.decoder import LlmConfig
 from tcjax.record import IS, to_dict
@@ -26,7 +28,7 @@ def assemble(
 
     Args:
         config: of a model whose tower, llm and compressor are fields of the same names (any may be missing).
-        start: {part: safetensors under our leaf paths}, to begin training from.
+        start: {part: where to begin training from}, safetensors under our leaf paths or a compressor's artifact.
 
     Returns:
         The model and its identity {fact: value}: every field of the config, and the content hash of each weights file.
@@ -51,10 +53,25 @@ def assemble(
     for part, path in (start or {}).items():
         if not hasattr(model, part):
             raise ValueError(f"weights names {part!r}, which is no part of {type(model).__name__}.")
-        names.assign(
-            getattr(model, part), names.matching(tensors.load(root / path), names.shapes(getattr(model, part)))
-        )
+        module = getattr(model, part)
+        if artifact.kind_of(root / path) == artifact.KIND:
+            arrays = _from_artifact(root / path, module, getattr(config, part), config.widths)
+        else:
+            arrays = names.matching(tensors.load(root / path), names.shapes(module))
+        names.assign(module, arrays)
     return model, identity
+
+
+def _from_artifact(folder: Path, module: nnx.Module, wanted: Any, widths: Any) -> names.Arrays:
+    """The leaves of an artifact that holds just this compressor, whichever grid it saw if it reads any number of tokens."""
+    if not isinstance(wanted, CompressorConfig):
+        raise ValueError(f"{folder} is the artifact of a compressor; weights for another part are safetensors files.")
+    content, facts = artifact.read(folder), wanted.describe(widths)
+    free = {"grid"} if facts["any_num_tokens"] else set()
+    asked = {fact: value for fact, value in facts.items() if fact not in free}
+    found = {fact: value for fact, value in content.facts.items() if fact not in free}
+    artifact.check_same(found, asked, f"the artifact {folder} and the compressor that is asked for")
+    return names.from_torch(content.published, wanted.names(widths), names.shapes(module))
 
 
 def published_names(part_config: Any) -> tuple[list[names.Name], list[str]]:

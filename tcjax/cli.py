@@ -1,7 +1,8 @@
 """The door: one thin verb per line. What a user can cause is one line on stderr and exit code 2, never a trace.
 
     tcjax train CONFIG [--field value ...]      CONFIG is file.py or file.py:function; any field by its dotted name
-    tcjax evaluate RUN | report STUDY_DIR | export RUN --out DIR | ablate STUDY | compressors | data prepare FOLDER
+    tcjax evaluate RUN | report STUDY_DIR | export RUN --out DIR | import CHECKPOINT --out DIR | ablate STUDY
+    tcjax compressors | data prepare FOLDER
 
 `TCJAX_TRACE=1` shows the trace as well.
 """
@@ -20,6 +21,8 @@ from typing import Annotated, Any
 import tyro
 
 import tcjax
+from tcjax.arguments import numbers, pair, parse
+from tcjax.cli_weights import Export, Import, export_weights, import_weights
 
 Positional = tyro.conf.Positional
 
@@ -62,19 +65,6 @@ class Report:
     """Tables, plots, attention pictures and one self-contained HTML page from a study's rows."""
 
     study_dir: Positional[Path]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Export:
-    """Take the trained weights away.
-
-    to: "artifact" is a folder that needs only torch and safetensors, with its parity certificate;
-    "parts" is every trained part as safetensors (tower and LLM under their published names).
-    """
-
-    run: Positional[Path]
-    out: Path
-    to: str = "artifact"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,7 +165,7 @@ def _train(arguments: list[str]) -> int:
 
 
 def _evaluate(arguments: list[str]) -> int:
-    asked = _parse(Evaluate, arguments)
+    asked = parse(Evaluate, arguments)
 
     from tcjax import content
     from tcjax.answer import evaluate_run
@@ -184,7 +174,7 @@ def _evaluate(arguments: list[str]) -> int:
 
     run, root = load_run(asked.run), content.project_root(asked.run)
     model, identity, step = trained(run, root=root, out=asked.run)
-    queries = _numbers(asked.queries, "--queries")
+    queries = numbers(asked.queries, "--queries")
     places = {number: asked.run / f"at-{number}" for number in queries} if queries else {None: asked.run}
     every = []
     for number, place in places.items():
@@ -199,7 +189,7 @@ def _evaluate(arguments: list[str]) -> int:
 
 
 def _ablate(arguments: list[str]) -> int:
-    asked = _parse(Ablate, arguments)
+    asked = parse(Ablate, arguments)
 
     from tcjax.study.ablate import Choice, ablate
 
@@ -207,7 +197,7 @@ def _ablate(arguments: list[str]) -> int:
         if value < 0:
             raise ValueError(f"{flag} {value}: takes a whole number from 1 up; left out, the study decides.")
     choice = Choice(
-        queries=_numbers(asked.queries, "--queries"),
+        queries=numbers(asked.queries, "--queries"),
         compressors=tuple(name.strip() for name in asked.compressors.split(",")) if asked.compressors else None,
         seeds=asked.seeds or None,
         steps=asked.steps or None,
@@ -217,7 +207,7 @@ def _ablate(arguments: list[str]) -> int:
 
 
 def _report(arguments: list[str]) -> int:
-    asked = _parse(Report, arguments)
+    asked = parse(Report, arguments)
 
     from tcjax.study.report import report
 
@@ -226,37 +216,20 @@ def _report(arguments: list[str]) -> int:
     return 0
 
 
-def _export(arguments: list[str]) -> int:
-    asked = _parse(Export, arguments)
-
-    from tcjax import content
-    from tcjax.export.run import EXPORTS
-    from tcjax.job import load_run, trained
-    from tcjax.study import rows
-
-    if asked.to not in EXPORTS:
-        raise ValueError(f"--to {asked.to!r} is unknown; choose one of {sorted(EXPORTS)}.")
-    run, root = load_run(asked.run), content.project_root(asked.run)
-    model, identity, _ = trained(run, root=root, out=asked.run)
-    study, _ = rows.read(asked.run.resolve().parent)
-    print(EXPORTS[asked.to](run, model, identity, out=asked.out, root=root, rows=study))
-    return 0
-
-
 def _compressors(arguments: list[str]) -> int:
-    asked = _parse(Compressors, arguments)
+    asked = parse(Compressors, arguments)
 
     from tcjax import content
     from tcjax.study.tables import catalogue_table
 
     module, _ = content.load(content.project_root(Path.cwd() / "here") / "configs/compressors.py")
-    grid_HW, (vision, llm) = _pair(asked.grid, "--grid"), _pair(asked.widths, "--widths")
+    grid_HW, (vision, llm) = pair(asked.grid, "--grid"), pair(asked.widths, "--widths")
     catalogue_table(module.CATALOGUE, grid_HW, vision, llm, as_json=asked.json)
     return 0
 
 
 def _data(arguments: list[str]) -> int:
-    asked = _parse(Data, arguments)
+    asked = parse(Data, arguments)
     actions = ("prepare", "verify", "preview")
     if asked.action not in actions:
         raise ValueError(f"data {asked.action!r} is unknown; choose one of {', '.join(actions)}.")
@@ -275,7 +248,7 @@ def _data(arguments: list[str]) -> int:
 
     chat = Chat(load_tokenizer(asked.tokenizer))
     prepared = open_source(root, Source(path=str(asked.folder.resolve().relative_to(root)), split=asked.split))
-    pixels = Pixels(size_YX=_pair(asked.size, "--size"))
+    pixels = Pixels(size_YX=pair(asked.size, "--size"))
     if asked.action == "preview":
         rows = range(min(asked.rows, len(prepared)))
         print(
@@ -290,32 +263,12 @@ def _data(arguments: list[str]) -> int:
     return 1 if found.problems else 0
 
 
-def _parse(form: type, arguments: list[str]) -> Any:
-    verb = form.__name__.lower()
-    return tyro.cli(form, args=arguments, prog=f"tcjax {verb}")
-
-
-def _numbers(text: str, flag: str) -> tuple[int, ...] | None:
-    if not text:
-        return None
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise ValueError(f"{flag} takes whole numbers separated by commas, as in 64,16,4; got {text!r}.") from None
-
-
-def _pair(text: str, flag: str) -> tuple[int, int]:
-    numbers = _numbers(text.replace("x", ","), flag) or ()
-    if len(numbers) != 2:
-        raise ValueError(f"{flag} takes two whole numbers, as in 24x24; got {text!r}.")
-    return numbers[0], numbers[1]
-
-
 _FORMS: dict[str, type] = {
     "evaluate": Evaluate,
     "ablate": Ablate,
     "report": Report,
     "export": Export,
+    "import": Import,
     "compressors": Compressors,
     "data": Data,
 }
@@ -324,7 +277,8 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "evaluate": _evaluate,
     "ablate": _ablate,
     "report": _report,
-    "export": _export,
+    "export": export_weights,
+    "import": import_weights,
     "compressors": _compressors,
     "data": _data,
 }

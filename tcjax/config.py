@@ -64,7 +64,8 @@ class TrainConfig:
     trainable: first names of the module paths that learn; all else is structurally frozen.
     warmup: share of the steps. accumulate: microbatches per step; their sum is one step over the global batch.
     compute: "float32" or "bfloat16"; master weights, moments and the loss stay float32.
-    weights: safetensors to start the trainable parts from, {part: path}; parts not named start from the seed.
+    weights: safetensors to start the trainable parts from, {part: path}; parts not named start from the seed. A
+        compressor also starts from its artifact's folder, such as `tcjax import` writes.
     feature_cache: store the frozen tower's tokens once and share them between runs.
     save_every: steps between checkpoints (0: only the last). log_every: steps between lines of metrics.jsonl.
     """

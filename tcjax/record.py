@@ -112,5 +112,6 @@ def _content(root: Path, text: str) -> str:
         return ""
     if path.is_file():
         return file_hash(path)
-    facts = sorted(path.glob("prepared/**/dataset_info.json"))  # names, sizes and record counts of every shard
+    # Names, sizes and record counts of every shard; of an artifact, the hash of every file.
+    facts = sorted(path.glob("prepared/**/dataset_info.json")) or sorted(path.glob("manifest.json"))
     return hashlib.sha256("".join(file_hash(fact) for fact in facts).encode()).hexdigest() if facts else ""

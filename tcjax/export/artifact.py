@@ -10,8 +10,6 @@ gives the same files.
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -22,12 +20,14 @@ from flax import nnx
 
 from tcjax.compressors.base import SCHEMA, Widths
 from tcjax.export.card import card
-from tcjax.export.certificate import certify, golden, summary, to_json, versions
+from tcjax.export.certificate import certify, golden, summary, versions
 from tcjax.export.families import abstract, describe, twin_source
+from tcjax.export.folder import fresh, seal, to_json
 from tcjax.interop import names, tensors
-from tcjax.record import file_hash, from_dict, to_dict
+from tcjax.interop.artifact import KIND, ArtifactMismatch, check_same, read
+from tcjax.record import from_dict, to_dict
 
-KIND = "tcjax compressor"
+__all__ = ["KIND", "Artifact", "ArtifactMismatch", "export", "load_artifact"]
 
 
 class Artifact(NamedTuple):
@@ -38,10 +38,6 @@ class Artifact(NamedTuple):
     widths: Widths
     arrays: names.Arrays
     manifest: dict
-
-
-class ArtifactMismatch(ValueError):
-    """The folder is not the artifact it says, or not the one that is asked for; the message names every difference."""
 
 
 def export(
@@ -67,21 +63,12 @@ def export(
     Raises:
         ValueError: no twin for this family, weights that are not finite, a twin that disagrees, or a folder in the way.
     """
-    out_dir = Path(out_dir)
-    _refuse_foreign(out_dir)
-    facts, module = describe(config, widths), abstract(config, widths)
-    arrays = names.matching(names.flatten(compressor), names.shapes(module))
-    broken = [path for path, array in arrays.items() if not np.isfinite(array).all()]
-    if broken:
-        raise ValueError(f"not finite: {broken}; such a compressor answers NaN. Export an earlier checkpoint.")
-    published = names.to_torch(arrays, config.names(widths))
-    building = out_dir.with_name(f".{out_dir.name}.{os.getpid()}.writing")
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir(parents=True)
-    try:
+    with fresh(out_dir, KIND) as building:
+        facts, module = describe(config, widths), abstract(config, widths)
+        arrays = finite(names.matching(names.flatten(compressor), names.shapes(module)))
+        published = names.to_torch(arrays, config.names(widths))
         certificate = _write(building, published, facts, golden(module, arrays, facts))
         manifest = {
-            "kind": KIND,
             "schema": SCHEMA,
             "family": facts["family"],
             "config": to_dict(config),
@@ -92,12 +79,16 @@ def export(
             "versions": versions(),
         }
         (building / "README.md").write_text(card(facts, manifest, certificate, study_rows))
-        files = {path.name: file_hash(path) for path in sorted(building.iterdir())}
-        (building / "manifest.json").write_text(to_json(manifest | {"files": files}))
-        _publish(building, out_dir)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
+        seal(building, KIND, manifest)
     return certificate
+
+
+def finite(arrays: names.Arrays) -> names.Arrays:
+    """The arrays themselves; ValueError naming those that hold NaN or infinity."""
+    broken = [path for path, array in arrays.items() if not np.isfinite(array).all()]
+    if broken:
+        raise ValueError(f"not finite: {broken}; such a compressor answers NaN. Export an earlier checkpoint.")
+    return arrays
 
 
 def load_artifact(folder: Path, *, config: Any = None, widths: Widths | None = None) -> Artifact:
@@ -109,36 +100,17 @@ def load_artifact(folder: Path, *, config: Any = None, widths: Widths | None = N
     Raises:
         ArtifactMismatch: a file is missing or changed, or the artifact is another compressor than asked for.
     """
-    folder = Path(folder)
-    if not is_artifact(folder):
-        raise ArtifactMismatch(f"{folder} is no {KIND} artifact: no manifest.json that says so.")
-    manifest = json.loads((folder / "manifest.json").read_text())
-    changed = [
-        name
-        for name, digest in manifest["files"].items()
-        if not (folder / name).is_file() or file_hash(folder / name) != digest
-    ]
-    if changed:
-        raise ArtifactMismatch(f"{folder}: missing or not what was exported: {changed}; fetch or export it again.")
-    facts = json.loads((folder / "compressor_config.json").read_text())
+    manifest, facts, published = read(folder)
     was_config, was_widths = from_dict(manifest["config"]), from_dict(manifest["widths"])
-    _same(facts, describe(was_config, was_widths), f"{folder}/compressor_config.json and this version of tcjax")
+    check_same(facts, describe(was_config, was_widths), f"{folder}/compressor_config.json and this version of tcjax")
     wanted = describe(config or was_config, widths or was_widths)
-    _same(facts, wanted, f"the artifact {folder} and the compressor that is asked for")
+    check_same(facts, wanted, f"the artifact {folder} and the compressor that is asked for")
     arrays = names.from_torch(
-        tensors.load(folder / "compressor.safetensors"),
+        published,
         was_config.names(was_widths),
         names.shapes(abstract(was_config, was_widths)),
     )
     return Artifact(facts["family"], was_config, was_widths, arrays, manifest)
-
-
-def is_artifact(folder: Path) -> bool:
-    """True for a folder whose manifest says that it is one."""
-    try:
-        return json.loads((Path(folder) / "manifest.json").read_text())["kind"] == KIND
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
 
 
 def _write(building: Path, published: names.Arrays, facts: dict, answers: names.Arrays) -> dict:
@@ -155,26 +127,3 @@ def _write(building: Path, published: names.Arrays, facts: dict, answers: names.
     note = {"family": facts["family"], "weights": certificate["weights"], "parity": summary(certificate)}
     tensors.save(weights, published, {"tcjax": json.dumps(note)})
     return certificate
-
-
-def _refuse_foreign(out_dir: Path) -> None:
-    if out_dir.is_dir() and any(out_dir.iterdir()) and not is_artifact(out_dir):
-        raise ValueError(f"{out_dir} holds something else than an artifact and stays as it is; choose a new folder.")
-    if out_dir.exists() and not out_dir.is_dir():
-        raise ValueError(f"{out_dir} is a file; an artifact is a folder.")
-
-
-def _publish(building: Path, out_dir: Path) -> None:
-    """Put the finished folder in its place; an earlier artifact goes only when the new one is whole."""
-    earlier = out_dir.with_name(f".{out_dir.name}.{os.getpid()}.earlier")
-    if out_dir.exists():
-        out_dir.rename(earlier)
-    building.rename(out_dir)
-    shutil.rmtree(earlier, ignore_errors=True)
-
-
-def _same(found: dict, expected: dict, what: str) -> None:
-    differing = sorted(key for key in found.keys() | expected.keys() if found.get(key) != expected.get(key))
-    if differing:
-        lines = "\n".join(f"  {key}: {found.get(key)!r}, {expected.get(key)!r}" for key in differing)
-        raise ArtifactMismatch(f"{what} differ:\n{lines}")

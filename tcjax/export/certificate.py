@@ -8,7 +8,6 @@ instead of 5e-6; "masked" has a full, a padded and an empty image, and NaN where
 from __future__ import annotations
 
 import importlib.util
-import json
 import platform
 from importlib import metadata
 from pathlib import Path
@@ -24,7 +23,7 @@ from tcjax.interop import names, tensors
 
 _SEED = 0
 _TEXT = 5  # positions of a probe's instruction
-_FIELDS = {  # argument of the twin: field of the context
+FIELDS = {  # argument of the twin: field of the context
     "valid": "valid_BN",
     "text": "text_BTD",
     "text_valid": "text_valid_BT",
@@ -40,13 +39,13 @@ def golden(compressor: Any, arrays: names.Arrays, facts: dict) -> names.Arrays:
         compressor: the abstract module (families.abstract); it is filled with `arrays`.
         facts: the description (families.describe).
     """
-    with jax.default_device(_reference_device()), jax.default_matmul_precision("highest"):
+    with jax.default_device(reference_device()), jax.default_matmul_precision("highest"):
         names.assign(compressor, arrays)
         graphdef, state = nnx.split(compressor)
 
         @jax.jit
         def answer(state: nnx.State, inputs: dict[str, jax.Array]) -> Compressed:
-            told: dict[str, Any] = {field: inputs[name] for name, field in _FIELDS.items() if name in inputs}
+            told: dict[str, Any] = {field: inputs[name] for name, field in FIELDS.items() if name in inputs}
             return nnx.merge(graphdef, state)(inputs["tokens"], Context(**told))
 
         found: names.Arrays = {}
@@ -140,11 +139,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def to_json(value: dict) -> str:
-    return json.dumps(value, indent=1) + "\n"
-
-
-def _reference_device() -> Any:
+def reference_device() -> Any:
     """A CPU if this process may use one: a TPU's highest precision still rounds differently."""
     try:
         return jax.local_devices(backend="cpu")[0]

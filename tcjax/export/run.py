@@ -1,4 +1,6 @@
-"""Exporting a run: the trained compressor as an artifact, or every trained part as plain safetensors.
+"""Exporting a run: `TARGETS` is the table of what `tcjax export --to` can write, one file per target.
+
+Each target says `why_not(run)` ("" if it accepts the run's compressor) and does `export(run, model, identity, ...)`.
 
 artifact    tcjax.export.artifact: weights, PyTorch code, certificate, manifest, card
 parts       one file per part that learned: tower.safetensors and llm.safetensors under their published names (they
@@ -7,15 +9,16 @@ parts       one file per part that learned: tower.safetensors and llm.safetensor
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tcjax.assemble import published_names
 from tcjax.config import Run
+from tcjax.export import hf, hf_remote, jax_export, llava, onnx, origin, torch_export
 from tcjax.export.artifact import export
 from tcjax.interop import names, tensors
-from tcjax.record import to_dict, write_json
+from tcjax.record import write_json
 from tcjax.train.log import commit
 from tcjax.vlm import Vlm, VlmConfig
 
@@ -28,22 +31,8 @@ def export_artifact(
     """The artifact of the run's compressor in `out`; `rows` are the study's results for its card."""
     config = run.model
     if not isinstance(config, VlmConfig) or not isinstance(model, Vlm):
-        raise ValueError(
-            f"{run.name} trains a {type(config).__name__}, which has no compressor to export; try --to parts."
-        )
-    provenance = {
-        "run": run.name,
-        "commit": commit(root),
-        "tower": identity["tower.weights"],
-        "llm": identity["llm.weights"],
-        "feature_layer": config.seen.feature_layer,
-        "levels": list(config.seen.levels),
-        "image_resized_to_grid": config.seen.shrunk_HW,
-        "class_token": "dropped" if config.seen.class_token else "none",
-        "pixels": to_dict(config.seen.pixels),
-        "train": to_dict(run.train),
-        "data": to_dict(run.data),
-    }
+        raise ValueError(f"{origin.why_not(run)}.")
+    provenance = origin.provenance(run, identity, root)
     export(
         model.compressor, config.compressor, config.widths, out, provenance=provenance, study_rows=list(rows) or None
     )
@@ -75,4 +64,38 @@ def export_parts(
     return out
 
 
-EXPORTS = {"artifact": export_artifact, "parts": export_parts}
+def _why_no_parts(run: Run) -> str:
+    if set(run.train.trainable) & set(PARTS):
+        return ""
+    return f"{run.name} trains {run.train.trainable}; only {sorted(PARTS)} can be exported as parts"
+
+
+class Target(NamedTuple):
+    """about: what is written. why_not: "" if the run's compressor is accepted. export: writes it, returns the folder."""
+
+    about: str
+    why_not: Callable[[Run], str]
+    export: Callable[..., Path]
+
+
+TARGETS = {
+    "artifact": Target("weights, PyTorch code, certificate, card", origin.why_not, export_artifact),
+    "parts": Target("every trained part as safetensors", _why_no_parts, export_parts),
+    "hf": Target("a Hugging Face directory of a stock class", hf.why_not, hf.export),
+    "hf-remote": Target("a Llava directory with the compressor's own code", hf_remote.why_not, hf_remote.export),
+    "llava": Target("mm_projector.bin of the original LLaVA", llava.why_not, llava.export),
+    "onnx": Target("compressor.onnx", onnx.why_not, onnx.export),
+    "torch-export": Target("compressor.pt2 of torch.export", torch_export.why_not, torch_export.export),
+    "jax-export": Target("compressor.jax of jax.export, for half a year", jax_export.why_not, jax_export.export),
+}
+
+
+def export_run(
+    target: str, run: Run, model: Any, identity: dict[str, Any], *, out: Path, root: Path, rows: Sequence[dict] = ()
+) -> Path:
+    """Write one target of a trained run; ValueError says why it cannot be, and what can."""
+    reason = TARGETS[target].why_not(run)
+    if reason:
+        others = [name for name, other in TARGETS.items() if not other.why_not(run)]
+        raise ValueError(f"--to {target} cannot hold this run: {reason}. These can: {', '.join(others) or 'none'}.")
+    return TARGETS[target].export(run, model, identity, out=out, root=root, rows=rows)

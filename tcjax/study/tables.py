@@ -15,8 +15,10 @@ from rich.console import Console
 from rich.table import Table
 
 from tcjax.compressors.base import CompressorConfig, Widths
+from tcjax.config import Run
 from tcjax.evaluate.cost import compressor_flops
 from tcjax.export.families import has_twin
+from tcjax.export.run import TARGETS
 
 
 def score_table(name: str, step: int, scores: Mapping[str, Any]) -> None:
@@ -68,6 +70,22 @@ def catalogue_table(
             ", ".join(line["exports"]),
             line["source"],
         )
+    Console().print(table)
+
+
+def target_table(run: Run, *, as_json: bool) -> None:
+    """One line per export target: what it writes, and whether it holds this run's compressor or why it does not."""
+    lines = [
+        {"target": name, "writes": target.about, "why_not": target.why_not(run)} for name, target in TARGETS.items()
+    ]
+    if as_json:
+        print(json.dumps(lines, indent=1))
+        return
+    table = Table(title=f"{run.name}: tcjax export ... --to")
+    for column in ("target", "writes", "holds it"):
+        table.add_column(column)
+    for line in lines:
+        table.add_row(line["target"], line["writes"], f"no: {line['why_not']}" if line["why_not"] else "yes")
     Console().print(table)
 
 

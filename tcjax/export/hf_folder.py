@@ -1,0 +1,252 @@
+"""A Hugging Face directory: config.json, model.safetensors, tokenizer, processor, and the proof that it computes our model.
+
+    golden.safetensors   two images, a prompt, the logits of all its positions and the greedy answer, from JAX in float32
+    verify.py            loads the directory with transformers (no tensor missing, unexpected or misshapen), compares logits
+                         to 1e-5 of the largest, the greedy answer, and the prompt and pixels that the processor makes
+
+With transformers installed, verify.py runs in a process of its own before the folder gets its name: a wrong name is only
+a warning to transformers, so that nothing but loading and comparing finds it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from tcjax.batch import Batch
+from tcjax.config import Run
+from tcjax.evaluate.generate import generate
+from tcjax.export import origin
+from tcjax.export.certificate import reference_device, versions
+from tcjax.export.folder import fresh, seal, to_json
+from tcjax.interop import names, tensors
+from tcjax.pipeline.chat import Chat, Template, load_tokenizer
+from tcjax.pipeline.images import normalise
+from tcjax.vlm import Vlm, VlmConfig
+
+STEPS = 8  # of the golden answer
+TEMPLATES = resources.files("tcjax.export.torch") / "remote"
+
+
+def chat_of(run: Run, root: Path) -> Chat:
+    """The chat of the run; ValueError if it has no tokenizer."""
+    return Chat(load_tokenizer(root / run.data.tokenizer))
+
+
+def token_ids(chat: Chat) -> dict[str, int]:
+    """pad_token_id, bos_token_id, eos_token_id as configs call them."""
+    found = {"pad_token_id": chat.pad_id, "eos_token_id": chat.end_ids[-1]}
+    begin = chat.tokenizer.token_to_id(chat.template.begin) if chat.template.begin else None
+    return found if begin is None else {"bos_token_id": begin, **found}
+
+
+def write(
+    kind: str,
+    config: Mapping[str, Any],
+    weights: names.Arrays,
+    run: Run,
+    model: Vlm,
+    identity: dict[str, Any],
+    *,
+    out: Path,
+    root: Path,
+    code: Mapping[str, str] | None = None,
+    about: str,
+) -> Path:
+    """The whole directory, verified.
+
+    Args:
+        config: config.json. weights: model.safetensors. code: further files by name (remote code). about: for the card.
+
+    Raises:
+        ValueError: transformers does not compute what was trained from these files; nothing is published.
+    """
+    chat, model_config = chat_of(run, root), run.model
+    assert isinstance(model_config, VlmConfig)
+    with fresh(out, kind) as building:
+        tensors.save(building / "model.safetensors", weights)
+        (building / "config.json").write_text(to_json(dict(config)))
+        ids = token_ids(chat)
+        (building / "generation_config.json").write_text(to_json({"do_sample": False, **ids}))
+        for name, text in (code or {}).items():
+            (building / name).write_text(text)
+        _chat_files(building, run, chat, root, model_config)
+        tensors.save(building / "golden.safetensors", golden(model, model_config, chat))
+        (building / "verify.py").write_text((TEMPLATES / "verify.py").read_text())
+        provenance = origin.provenance(run, identity, root)
+        parity = certify(building)
+        (building / "README.md").write_text(_card(run, model_config, parity, about, remote=bool(code)))
+        facts = {"compressor": origin.facts(run), "parity": parity, "provenance": provenance, "versions": versions()}
+        seal(building, kind, facts)
+    return out
+
+
+def golden(model: Vlm, config: VlmConfig, chat: Chat) -> names.Arrays:
+    """What JAX answers in float32: image (uint8), pixel_values, input_ids, logits, generated."""
+    rng = np.random.RandomState(0)
+    Y, X = config.tower.pixels.size_YX
+    image_BYX3 = rng.randint(0, 256, (2, Y, X, 3)).astype(np.uint8)
+    images_BYX3 = normalise(image_BYX3, config.tower.pixels)
+    question = _words(chat, 3)
+    ids = chat.render_question(question, num_queries=config.num_queries)
+    tokens_BS = np.tile(np.array(ids, np.int32), (2, 1))
+    batch = Batch(
+        tokens_BS=tokens_BS,
+        is_image_BS=tokens_BS == chat.image_id,
+        valid_BS=np.ones(tokens_BS.shape, bool),
+        images_BYX3=images_BYX3,
+    )
+    with jax.default_device(reference_device()), jax.default_matmul_precision("highest"):
+        graphdef, state = nnx.split(model)
+
+        @jax.jit
+        def answer(state: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+            model = nnx.merge(graphdef, state)
+            seq_BSD, valid_BS = model.embed(batch)
+            logits_BSV = model.llm.logits(model.llm(seq_BSD, valid_BS))
+            return logits_BSV, generate(model, batch, steps=STEPS, end=chat.end_ids[-1])
+
+        logits_BSV, generated_BT = answer(state, batch)
+    prompt = chat.template.begin + chat.template.image + chat.template.user + question + chat.template.assistant
+    return {
+        "image": image_BYX3,
+        "pixel_values": images_BYX3.transpose(0, 3, 1, 2),
+        "input_ids": tokens_BS.astype(np.int64),
+        "logits": np.asarray(logits_BSV, np.float32),
+        "generated": np.asarray(generated_BT, np.int64),
+        "prompt": np.frombuffer(prompt.encode(), np.uint8),
+    }
+
+
+def certify(building: Path) -> dict[str, Any]:
+    """The report of verify.py, run on the folder being written; ValueError with it if transformers disagrees."""
+    if importlib.util.find_spec("transformers") is None or importlib.util.find_spec("torch") is None:
+        return {
+            "ran": False,
+            "note": "not run here: transformers is not installed; `python verify.py` runs it where it is",
+        }
+    command = [sys.executable, "-B", str(building / "verify.py"), str(building), "--json", "--no-hashes"]
+    with tempfile.TemporaryDirectory() as modules:  # where transformers copies remote code to
+        environment = {**os.environ, "HF_MODULES_CACHE": modules, "HF_HUB_OFFLINE": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    try:
+        report = json.loads(done.stdout[done.stdout.index("{") :])
+    except ValueError:
+        raise ValueError(
+            f"verify.py did not run in transformers; nothing was exported:\n{done.stderr[-2000:]}"
+        ) from None
+    return judged(report)
+
+
+def judged(report: dict[str, Any]) -> dict[str, Any]:
+    """The report as the manifest holds it; ValueError if it has problems."""
+    if report["problems"]:
+        lines = "\n".join(report["problems"])
+        raise ValueError(f"transformers does not compute what was trained; nothing was exported:\n{lines}")
+    return {"ran": True, **{key: value for key, value in report.items() if key != "problems"}}
+
+
+def _chat_files(building: Path, run: Run, chat: Chat, root: Path, config: VlmConfig) -> None:
+    """Tokenizer and processor. LlavaProcessor emits exactly Q placeholders when the patch is larger than the image."""
+    marks = chat.template
+    (building / "tokenizer.json").write_bytes((root / run.data.tokenizer).read_bytes())
+    special = {"pad_token": marks.pad, "eos_token": chat.tokenizer.id_to_token(chat.end_ids[-1])}
+    special |= {"bos_token": marks.begin} if marks.begin else {}
+    tokenizer = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": 10**9,
+        "clean_up_tokenization_spaces": False,
+        "padding_side": "left",
+        **special,
+        "extra_special_tokens": {"image_token": marks.image},
+    }
+    (building / "tokenizer_config.json").write_text(to_json(tokenizer))
+    (building / "chat_template.jinja").write_text(_jinja(marks))
+    Y, X = config.tower.pixels.size_YX
+    image = {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"height": Y, "width": X},
+        "resample": 3,
+        "do_center_crop": False,
+        "crop_size": {"height": Y, "width": X},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(config.tower.pixels.mean),
+        "image_std": list(config.tower.pixels.std),
+    }
+    processor = {
+        "processor_class": "LlavaProcessor",
+        "image_token": marks.image,
+        "patch_size": 2 * max(Y, X),
+        "vision_feature_select_strategy": "full",
+        "num_additional_image_tokens": config.num_queries,
+    }
+    (building / "preprocessor_config.json").write_text(to_json(image | {"processor_class": "LlavaProcessor"}))
+    (building / "processor_config.json").write_text(to_json(processor | {"image_processor": image}))
+
+
+def _jinja(marks: Template) -> str:
+    """One conversation, the image first: what Chat.render writes."""
+    return (
+        f"{marks.begin}{{% if messages[0]['content'] is not string %}}"
+        f"{{% for part in messages[0]['content'] %}}{{% if part['type'] == 'image' %}}{marks.image}{{% endif %}}{{% endfor %}}"
+        "{% endif %}{% for message in messages %}"
+        "{% if message['content'] is string %}{% set text = message['content'] %}"
+        "{% else %}{% set text = message['content'] | selectattr('type', 'equalto', 'text') | map(attribute='text') "
+        "| join(' ') %}{% endif %}"
+        f"{{% if message['role'] == 'user' %}}{marks.user}{{{{ text }}}}"
+        f"{{% else %}}{marks.assistant}{{{{ text }}}}{marks.end}{{% endif %}}{{% endfor %}}"
+        f"{{% if add_generation_prompt %}}{marks.assistant}{{% endif %}}"
+    )
+
+
+def _words(chat: Chat, number: int) -> str:
+    """A question of a few pieces of this vocabulary, one token each; any text will do that the tokenizer reads as itself."""
+    special = set(chat.render_question("", num_queries=1)) | {chat.pad_id, *chat.end_ids}
+    found = []
+    for token in range(chat.tokenizer.get_vocab_size()):
+        text = chat.tokenizer.decode([token], skip_special_tokens=True).strip()
+        if token not in special and text.isalnum() and not chat.unknown_words(text):
+            found.append(text)
+        if len(found) == number:
+            break
+    return " ".join(found)
+
+
+def _card(run: Run, config: VlmConfig, parity: dict, about: str, *, remote: bool) -> str:
+    flag = ", trust_remote_code=True" if remote else ""
+    measured = f"logits differ from JAX by {parity['relative']:.1e} of the largest" if parity["ran"] else parity["note"]
+    facts = origin.facts(run)
+    return f"""# {facts["family"]}: {config.widths.num_tokens} visual tokens become {config.num_queries}
+
+{about}
+
+```python
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+model = AutoModelForImageTextToText.from_pretrained("."{flag})
+processor = AutoProcessor.from_pretrained("."{flag})
+messages = [{{"role": "user", "content": [{{"type": "image"}}, {{"type": "text", "text": question}}]}}]
+prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
+inputs = processor(images=image, text=prompt, return_tensors="pt")
+answer = model.generate(**inputs, max_new_tokens=32)
+```
+
+Every image becomes {config.num_queries} placeholders. `python verify.py` checks hashes, names, logits, the greedy answer
+and the processor; here {measured}.
+"""

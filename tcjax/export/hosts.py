@@ -1,0 +1,174 @@
+"""Tower and LLM as Hugging Face knows them: which class computes what ours does, its config, its tensors.
+
+    clip_vision_model     class token, norm before the first block, no patch bias
+    siglip_vision_model   patch bias, norm after the last block
+    internvl_vision       class token, patch bias (InternViT; its layer scales are 1 here)
+    llama                 no biases            qwen2   biases on q, k, v            qwen3   q and k normed per head
+
+Config fields are those of the published checkpoints (the old rope fields too: every version of transformers reads them).
+A tower read at an earlier layer is written whole, as the class builds it: blocks behind that layer come from the tower's
+own file, or hold zeros where the tower was trained from scratch; nothing reads them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax import nnx
+
+from tcjax.assemble import published_names
+from tcjax.export.artifact import finite
+from tcjax.interop import names, tensors
+from tcjax.llms.decoder import LlmConfig
+from tcjax.towers import vit
+from tcjax.towers.vit import VitConfig
+
+
+def why_no_tower(tower: VitConfig, *, after_norm: bool, classes: Collection[str] = ("CLIP", "SigLIP")) -> str:
+    """Why no published class computes this tower's tokens; "" if one does.
+
+    Args:
+        after_norm: whether the host reads a tower at -1 behind its last norm (`last_hidden_state`), as Idefics3 and
+            InternVL do; Llava reads it before.
+        classes: of towers that the host can have.
+    """
+    kind = tower_class(tower)
+    if tower.shrunk_HW is not None:
+        return "the image is resized inside the tower, which no published tower does"
+    if len(set(tower.full_HW)) > 1 or len(set(tower.pixels.size_YX)) > 1:
+        return f"published towers read square images, this one {tower.pixels.size_YX[0]} x {tower.pixels.size_YX[1]}"
+    if kind not in classes:
+        return f"the tower is {kind or 'no published one'}, and the host has {' or '.join(classes)}"
+    if tower.feature_layer != -1:
+        return ""
+    if kind == "CLIP" and tower.post_norm:
+        return "CLIP's patches do not go through its last norm, this tower's do"
+    if kind == "SigLIP" and after_norm and not tower.post_norm:
+        return "the host reads SigLIP behind its last norm, this tower has none"
+    if kind == "SigLIP" and not after_norm and tower.post_norm:
+        return "the host reads SigLIP before its last norm, this tower is read behind it (feature_layer=-1)"
+    return ""
+
+
+def tower_class(tower: VitConfig) -> str:
+    """CLIP, SigLIP, InternViT or ""."""
+    kind = tower.class_token, tower.pre_norm, tower.patch_bias
+    return {
+        (True, True, False): "CLIP",
+        (False, False, True): "SigLIP",
+        (True, False, True): "InternViT",
+    }.get(kind, "")
+
+
+def why_no_llm(llm: LlmConfig) -> str:
+    """Why no published class computes this decoder; "" if one does."""
+    if llm.qkv_bias and llm.qk_norm:
+        return "no published decoder has both biases on q, k, v and norms of q and k"
+    return ""
+
+
+def tower_config(tower: VitConfig) -> dict[str, Any]:
+    """`vision_config` of the published class."""
+    kind = tower_class(tower)
+    return {
+        "model_type": {"CLIP": "clip_vision_model", "SigLIP": "siglip_vision_model"}.get(kind, "internvl_vision"),
+        "image_size": tower.pixels.size_YX[0],
+        "patch_size": tower.patch,
+        "num_channels": 3,
+        "hidden_size": tower.width,
+        "intermediate_size": tower.feed_forward,
+        "num_hidden_layers": tower.layers,
+        "num_attention_heads": tower.heads,
+        "hidden_act": tower.activation,
+        "layer_norm_eps": tower.norm_eps,
+        **({"vision_use_head": False} if kind == "SigLIP" else {}),
+        **({"attention_bias": True, "use_mean_pooling": not tower.post_norm} if kind == "InternViT" else {}),
+        "dtype": "float32",
+    }
+
+
+def llm_config(llm: LlmConfig, tokens: dict[str, int]) -> dict[str, Any]:
+    """`text_config` of the published class. tokens: ids by the config's own field names."""
+    scaling = llm.rope_scaling
+    scaled = scaling and {
+        "rope_type": "llama3",
+        "factor": scaling.factor,
+        "low_freq_factor": scaling.low,
+        "high_freq_factor": scaling.high,
+        "original_max_position_embeddings": scaling.original,
+    }
+    return {
+        "model_type": "qwen3" if llm.qk_norm else "qwen2" if llm.qkv_bias else "llama",
+        "vocab_size": llm.vocab,
+        "hidden_size": llm.width,
+        "intermediate_size": llm.feed_forward,
+        "num_hidden_layers": llm.layers,
+        "num_attention_heads": llm.heads,
+        "num_key_value_heads": llm.kv_heads,
+        "head_dim": llm.head_width,
+        "hidden_act": "silu",
+        "rms_norm_eps": llm.norm_eps,
+        "rope_theta": llm.rope_theta,
+        "rope_scaling": scaled,
+        "tie_word_embeddings": llm.tie,
+        "dtype": "float32",
+        **tokens,
+    }
+
+
+def tower_tensors(tower: nnx.Module, cfg: VitConfig, root: Path) -> names.Arrays:
+    """Every tensor of the published class, "vision_model.embeddings.patch_embedding.weight" and so on."""
+    whole = dataclasses.replace(cfg, feature_layer=-1, levels=(), post_norm=True)
+    shapes = names.shapes(nnx.eval_shape(lambda: whole.build(nnx.Rngs(0))))
+    expected = names.published_shapes(vit.names(whole), shapes)
+    ours = names.to_torch(finite(names.flatten(tower)), vit.names(cfg))
+    file = tensors.load(root / cfg.weights) if cfg.weights and expected.keys() - ours.keys() else {}
+    found = {key: tensor for key, tensor in file.items() if key in expected} | ours
+    for key, shape in expected.items():
+        found.setdefault(key, np.full(shape, float("norm" in key and key.endswith("weight")), np.float32))
+    return found
+
+
+def llm_tensors(llm: nnx.Module, cfg: LlmConfig) -> names.Arrays:
+    """Every tensor of the published class, "model.embed_tokens.weight" and so on; a tied head is not among them."""
+    return names.to_torch(finite(names.flatten(llm)), published_names(cfg)[0])
+
+
+def compressor_tensors(compressor: nnx.Module, config: Any, widths: Any) -> names.Arrays:
+    """The compressor's tensors under its published names."""
+    return names.to_torch(finite(names.flatten(compressor)), config.names(widths))
+
+
+def internvit_tensors(found: names.Arrays, cfg: VitConfig) -> names.Arrays:
+    """The tensors of `tower_tensors` under the names of InternVL's vision tower; its layer scales become 1."""
+    renamed: names.Arrays = {}
+    for key, tensor in found.items():
+        for pattern, name in _INTERNVIT:
+            key = re.sub(pattern, name, key)
+        if key in ("embeddings.cls_token", "embeddings.position_embeddings"):
+            tensor = tensor.reshape(1, -1, cfg.width)
+        renamed[key] = tensor
+    if not cfg.post_norm:
+        renamed = {key: tensor for key, tensor in renamed.items() if not key.startswith("layernorm.")}
+    for layer in range(cfg.layers):
+        renamed |= {f"encoder.layer.{layer}.lambda_{n}": np.ones(cfg.width, np.float32) for n in (1, 2)}
+    return renamed
+
+
+_INTERNVIT = [
+    (r"^vision_model\.", ""),
+    (r"^embeddings\.patch_embedding\.", "embeddings.patch_embeddings.projection."),
+    (r"^embeddings\.class_embedding$", "embeddings.cls_token"),
+    (r"^embeddings\.position_embedding\.weight$", "embeddings.position_embeddings"),
+    (r"^encoder\.layers\.", "encoder.layer."),
+    (r"\.self_attn\.out_proj\.", ".attention.projection_layer."),
+    (r"\.self_attn\.", ".attention."),
+    (r"\.layer_norm1\.", ".layernorm_before."),
+    (r"\.layer_norm2\.", ".layernorm_after."),
+    (r"^post_layernorm\.", "layernorm."),
+]
