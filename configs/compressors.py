@@ -8,11 +8,14 @@ from tcjax.compressors import (
     avg_pool,
     c_abstractor,
     chain,
+    conv16,
     d_abstractor,
     decoder_resampler,
     elastic,
     gemma3_pool,
     idefics2_resampler,
+    ldp,
+    ldp_v2,
     learned_merge,
     matryoshka_pool,
     matryoshka_query,
@@ -21,6 +24,7 @@ from tcjax.compressors import (
     patch_merger,
     pixel_shuffle,
     qformer,
+    quecc,
     query_merge,
     query_resampler,
     qwen_resampler,
@@ -31,6 +35,7 @@ from tcjax.compressors import (
     staged_pool,
     stride_tokens,
     token_learner,
+    token_packer,
 )
 
 CATALOGUE = {
@@ -60,6 +65,11 @@ CATALOGUE = {
     "learned_merge_text": lambda num_queries: learned_merge.Config(num_queries=num_queries, text=True),
     "query_merge": lambda num_queries: query_merge.Config(num_queries=num_queries),
     "token_learner": lambda num_queries: token_learner.Config(num_queries=num_queries),
+    "token_packer": lambda num_queries: token_packer.Config(num_queries=num_queries),
+    "quecc": lambda num_queries: quecc.Config(num_queries=num_queries),
+    "ldp": lambda num_queries: ldp.Config(num_queries=num_queries),
+    "ldp_v2": lambda num_queries: ldp_v2.Config(num_queries=num_queries),
+    "conv16": lambda num_queries: conv16.Config(num_queries=num_queries),
     "c_abstractor": lambda num_queries: c_abstractor.Config(num_queries=num_queries),
     "d_abstractor": lambda num_queries: d_abstractor.Config(num_queries=num_queries),
     "qwen_resampler": lambda num_queries: qwen_resampler.Config(num_queries=num_queries),
@@ -70,6 +80,7 @@ CATALOGUE = {
     "decoder_resampler": lambda num_queries: decoder_resampler.Config(num_queries=num_queries),
 }
 
+_LEVELS = (1, 2, 3)  # of the boards' tower, which has 4 blocks
 _MERGE = {"scorer": 64, "merger": 64, "metric": 32}
 
 # The same families for the digit boards, whose tower is 96 wide and whose LLM is 128 wide.
@@ -87,6 +98,8 @@ BOARDS = CATALOGUE | {
     "learned_merge": lambda num_queries: learned_merge.Config(num_queries=num_queries, **_MERGE),
     "learned_merge_text": lambda num_queries: learned_merge.Config(num_queries=num_queries, text=True, **_MERGE),
     "query_merge": lambda num_queries: query_merge.Config(num_queries=num_queries, inner=64),
+    "token_packer": lambda num_queries: token_packer.Config(num_queries=num_queries, head_width=32, levels=_LEVELS),
+    "quecc": lambda num_queries: quecc.Config(num_queries=num_queries, heads=3, levels=_LEVELS),
     "c_abstractor": lambda num_queries: c_abstractor.Config(num_queries=num_queries, depth=2, hidden=96),
     "d_abstractor": lambda num_queries: d_abstractor.Config(
         num_queries=num_queries, width=128, depth=2, heads=4, feed_forward=128

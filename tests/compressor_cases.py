@@ -22,7 +22,7 @@ from tcjax.compressors import (
     token_learner,
 )
 from tcjax.compressors.base import Widths
-from tests import pool_cases, sincos_cases
+from tests import grid_cases, pool_cases, sincos_cases
 
 WIDTHS = Widths(grid_HW=(4, 6), vision_C=12, llm_D=16, text_D=10, levels=2)
 LOOK = {"width": 8, "depth": 2, "heads": 2, "points": 2, "feed_forward": 10}
@@ -87,6 +87,7 @@ CASES = {  # name: (tiny config, Q, vdot(tokens, noise) with planted weights)
     ),
     **pool_cases.CASES,
     **sincos_cases.CASES,
+    **grid_cases.CASES,
 }
 # Weights of published files that reach no output, {family: {path: layers}}: a key's bias cancels in the softmax, and the
 # text is dropped after the last layer, the last group's second, so that its feed-forward there is for nothing.
@@ -94,11 +95,13 @@ UNFELT = {
     "qformer": {".*/key/bias": slice(None), "groups/layers/1/text_ff/.*": slice(-1, None)},
     "d_abstractor": {".*/key/bias": slice(None)},
     "matryoshka_query": {"ln_k/bias": slice(None)},
+    **grid_cases.UNFELT,
 }
 # No gradient can reach these: their hard choice multiplies nothing by its scores. {case: path of what never learns}
 UNREACHED = {"learned_merge_literal": "importance"}
 SELECTING = {"random_tokens", "stride_tokens"}  # they leave most tokens unread on purpose
-FEWER = {"avg_pool": 4, "mlp": 4, "c_abstractor": 4} | pool_cases.FEWER  # of a family whose cases cannot give 2
+# Of a family whose cases cannot give 2.
+FEWER = {"avg_pool": 4, "mlp": 4, "c_abstractor": 4} | pool_cases.FEWER | grid_cases.FEWER
 
 IMPOSSIBLE = {  # name: (config, what the message must say)
     "mlp": (mlp.Config(num_queries=6), r"num_queries=6 .* 4x6 grid; possible: \[24\]"),
@@ -122,6 +125,7 @@ IMPOSSIBLE = {  # name: (config, what the message must say)
     "d_abstractor": (d_abstractor.Config(num_queries=144), r"num_queries=144 .* possible: \[1, 4, 9, 16\]"),
     **pool_cases.IMPOSSIBLE,
     **sincos_cases.IMPOSSIBLE,
+    **grid_cases.IMPOSSIBLE,
 }
 IMPOSSIBLE_CHOICES = [
     (pixel_shuffle.Config(num_queries=6, head="conv"), r"head='conv' .*\['linear', 'mlp'\]"),
@@ -139,4 +143,5 @@ IMPOSSIBLE_CHOICES = [
     (d_abstractor.Config(num_queries=4, pooled_v_target="both"), r"'both' .*\['query', 'tgt', 'none'\]"),
     *pool_cases.IMPOSSIBLE_CHOICES,
     *sincos_cases.IMPOSSIBLE_CHOICES,
+    *grid_cases.IMPOSSIBLE_CHOICES,
 ]

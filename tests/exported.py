@@ -12,11 +12,14 @@ from tcjax.compressors import (
     avg_pool,
     c_abstractor,
     chain,
+    conv16,
     d_abstractor,
     decoder_resampler,
     elastic,
     gemma3_pool,
     idefics2_resampler,
+    ldp,
+    ldp_v2,
     learned_merge,
     matryoshka_pool,
     matryoshka_query,
@@ -26,6 +29,7 @@ from tcjax.compressors import (
     per_frame,
     pixel_shuffle,
     qformer,
+    quecc,
     query_merge,
     query_resampler,
     qwen_resampler,
@@ -35,6 +39,7 @@ from tcjax.compressors import (
     staged_pool,
     stride_tokens,
     token_learner,
+    token_packer,
 )
 from tcjax.compressors.base import Widths
 from tcjax.export.artifact import export
@@ -102,6 +107,14 @@ CASES = {
     "spatial_resampler": spatial_resampler.Config(num_queries=4, head_width=6),
     "matryoshka_query": matryoshka_query.Config(num_queries=3, max_queries=4, head_width=4),
     "decoder_resampler": decoder_resampler.Config(num_queries=3, max_queries=5, heads=2, feed_forward=20),
+    "token_packer": token_packer.Config(num_queries=6, head_width=4, levels=(1, 2)),
+    "token_packer_oblong": token_packer.Config(num_queries=4, head_width=4, levels=(1, 2)),  # cells of 2 x 3
+    "quecc": quecc.Config(num_queries=6, heads=2, levels=(1, 2)),
+    "quecc_last": quecc.Config(num_queries=6, heads=2, levels=(1, 2), text_pool="last"),
+    "ldp": ldp.Config(),
+    "ldp_v2": ldp_v2.Config(num_queries=6, shape=(3, 2)),  # 4 rows into 3 bins: they overlap
+    "conv16": conv16.Config(),
+    "conv16_neck": conv16.Config(neck=4),
 }
 PROVENANCE = {"tower": {"name": "tiny", "weights": "0f" * 32}, "training": {"steps": 2180}}
 ROWS = [{"num_queries": 6, "accuracy": 0.51234}, {"num_queries": 24, "accuracy": 0.75, "seed": 1}]

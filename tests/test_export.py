@@ -18,7 +18,7 @@ from tcjax.export.artifact import ArtifactMismatch, export, load_artifact
 from tcjax.export.torch import verify
 from tcjax.interop import names, tensors
 from tcjax.record import file_hash
-from tests import sincos_cases
+from tests import grid_cases, sincos_cases
 from tests.exported import CASES, PROVENANCE, ROWS, WIDTHS, artifact, artifact_copy, built
 
 IDEFICS2_LAYER = (
@@ -127,6 +127,7 @@ BESIDE = {
     "learned_merge_told": "learned_merge",
 }
 BESIDE |= sincos_cases.BESIDE
+KEYS |= grid_cases.KEYS
 KEYS["d_abstractor"] = f"{KEYS['d_abstractor_bare']} output_proj.bias output_proj.weight"
 
 

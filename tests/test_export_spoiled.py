@@ -60,6 +60,15 @@ def transpose_proj(weights):
     weights["proj"] = weights["proj"].T
 
 
+def swap_projections(weights):
+    keys, values = (weights[f"{name}_proj_1.2.weight"] for name in "kv")
+    weights["k_proj_1.2.weight"], weights["v_proj_1.2.weight"] = values, keys
+
+
+def turn_kernel(weights):
+    weights["net_3.weight"] = np.ascontiguousarray(weights["net_3.weight"].swapaxes(2, 3))
+
+
 def drop(weights):
     del weights["2.bias"]
 
@@ -83,6 +92,8 @@ SPOILED_WEIGHTS = {
     "channel-major merge": ("pixel_shuffle", merge_channels_first, r"parity: plain: off by"),
     "swapped feed-forwards": ("qformer_text", swap_feed_forwards, r"parity: plain: off by"),
     "points as (y, x)": ("d_abstractor", swap_rows_and_columns, r"parity: plain: off by"),
+    "swapped projections": ("token_packer", swap_projections, r"parity: plain: off by"),
+    "kernel with rows for columns": ("conv16", turn_kernel, r"parity: plain: off by"),
     "dropped key": ("mlp", drop, r'load: .*Missing key\(s\) in state_dict: "2\.bias"'),
     "extra key": ("mlp", add, r'load: .*Unexpected key\(s\) in state_dict: "4\.weight"'),
     "wrong shape": ("mlp", misshape, r"load: .*size mismatch for 0\.weight"),
@@ -111,6 +122,11 @@ SPOILED_CONFIG = {
         {"channel_order": "channel, row, column"},
         r"load: .*'channel, row, column'",
     ),
+    "eps in the token packer": ("token_packer", {"norm_eps": 1e-5}, r"parity: faint: off by"),
+    "other cells": ("token_packer", {"cells": [1, 6]}, r"parity: plain: off by"),
+    "another query": ("token_packer", {"query": "antialiased"}, r"load: .*'antialiased'"),
+    "the last word for the mean": ("quecc", {"text_pool": "last"}, r"parity: plain: off by"),
+    "eps in the LDP": ("ldp", {"norm_eps": 1e-6}, r"parity: faint: off by"),
     "another place of the pool": ("avg_pool", {"order": "mlp, then pool"}, r"parity: plain: off by"),
     "an unknown place of the pool": ("avg_pool", {"order": "mlp"}, r"load: .*'mlp'"),
     "another merge order in the merger": ("mistral3", {"channel_order": "row, column, channel"}, r"plain: off by"),
@@ -208,6 +224,24 @@ SPOILED_CODE = {
         "text.masked_fill(~text_valid[..., None], 0)",
         "text",
         r"parity: plain: output is not finite",
+    ),
+    "no text is a text": (
+        "quecc",
+        "self.text_projection(vector).masked_fill(count == 0, 0)",
+        "self.text_projection(vector)",
+        r"parity: (masked|plain): off by",
+    ),
+    "a convolution reads padding": (
+        "conv16",
+        "grid = zeroed(layer(grid), keep)",
+        "grid = layer(grid)",
+        r"parity: masked: off by",
+    ),
+    "padding weighs channels": (
+        "ldp",
+        "read.sum((2, 3), keepdim=True) / keep.sum",
+        "read.mean((2, 3), keepdim=True) / keep.sum",
+        r"parity: masked: off by",
     ),
     "queries in another order": (
         "resampler",

@@ -81,8 +81,8 @@ def probes(facts: dict) -> dict[str, dict[str, np.ndarray]]:
         B, N, _ = inputs["tokens"].shape
         hidden = hidden_BNC if "valid" in inputs else np.float32(1)
         if "text" in facts["needs"]:
-            # Full, partly padded, and (in "masked") the null text.
-            text_valid_BT = np.arange(_TEXT) < np.array([_TEXT, _TEXT - 2, 0])[:B, None]
+            # Partly padded, the null text, and (beside the empty image, which answers nothing) a full one.
+            text_valid_BT = np.arange(_TEXT) < np.array([_TEXT - 2, 0, _TEXT])[:B, None]
             unread_BTD = np.where(text_valid_BT, 1, np.nan).astype(np.float32)[..., None]
             inputs |= {"text": noise(B, _TEXT, facts["text_width"]) * unread_BTD, "text_valid": text_valid_BT}
         if "levels" in facts["needs"]:

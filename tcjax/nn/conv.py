@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.nn import initializers
 
@@ -51,3 +52,20 @@ class Conv(nnx.Module):
             feature_group_count=self.groups,
         )
         return out_BHWE if self.bias is None else out_BHWE + self.bias[...]
+
+
+def halved(valid_BHW: jax.Array) -> jax.Array:
+    """Which outputs of a convolution of stride 2 are real: those whose own 2 x 2 inputs hold a valid one.
+
+    A valid input's output is valid. Inputs and outputs 0 where not valid, a padded grid gives what its valid corner gives
+    alone: the convolution pads with 0 there, too.
+    """
+    B, H, W = valid_BHW.shape
+    even_BHW = jnp.pad(valid_BHW, ((0, 0), (0, H % 2), (0, W % 2)))
+    return even_BHW.reshape(B, -(-H // 2), 2, -(-W // 2), 2).any((2, 4))
+
+
+def windows(num_in: int, *, stride: int) -> np.ndarray:
+    """float32 [num_out, num_in], 1 where a convolution of 3 with padding 1 reads along one side."""
+    centre = stride * np.arange(-(-num_in // stride))
+    return (np.abs(centre[:, None] - np.arange(num_in)) <= 1).astype(np.float32)

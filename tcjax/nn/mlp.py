@@ -6,24 +6,27 @@ from collections.abc import Sequence
 
 import jax
 from flax import nnx
+from jax.nn.initializers import Initializer
 
 from tcjax.nn.activations import ACTIVATIONS
 from tcjax.nn.dense import dense, torch_uniform
 
 
 class Mlp(nnx.Module):
-    """y = W_K gelu(... gelu(W_1 x)). Kernels start as torch's nn.Linear does, biases at 0.
+    """y = W_K gelu(... gelu(W_1 x)). Kernels start as torch's nn.Linear does (or by `init`), biases at 0.
 
     Args:
         axes: letters of the widths, input first: "CFD" has two layers, "C" has none. Neighbours differ.
         sizes: the widths themselves, one per letter.
     """
 
-    def __init__(self, axes: str, sizes: Sequence[int], *, bias: bool = True, rngs: nnx.Rngs):
+    def __init__(
+        self, axes: str, sizes: Sequence[int], *, bias: bool = True, init: Initializer = torch_uniform, rngs: nnx.Rngs
+    ):
         assert len(axes) == len(sizes) >= 1, (axes, sizes)
         self.linears = nnx.List(
             [
-                dense(axes[k : k + 2], sizes[k], sizes[k + 1], bias=bias, init=torch_uniform, rngs=rngs)
+                dense(axes[k : k + 2], sizes[k], sizes[k + 1], bias=bias, init=init, rngs=rngs)
                 for k in range(len(axes) - 1)
             ]
         )

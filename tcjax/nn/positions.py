@@ -1,4 +1,4 @@
-"""Fixed position tables of the visual resamplers, and torch's bicubic way to resize a table.
+"""Fixed position tables of the visual resamplers, and torch's bicubic and bilinear ways to resize a grid.
 
     table(r, c) = [sin(c w), cos(c w), sin(r w), cos(r w)]        w_k = 10000^(-k / (E / 4)), k = 0 ... E / 4 - 1
 
@@ -58,6 +58,20 @@ def bicubic_matrix(num_in: int, num_out: int) -> np.ndarray:
 def resize_matrix(grid_HW: tuple[int, int], to_HW: tuple[int, int]) -> np.ndarray:
     """float32 [h * w, H * W]: bicubic resizing of a table over a grid, rows and columns at once."""
     return np.kron(bicubic_matrix(grid_HW[0], to_HW[0]), bicubic_matrix(grid_HW[1], to_HW[1]))
+
+
+def bilinear_matrix(num_in: int, num_out: int) -> np.ndarray:
+    """float32 [num_out, num_in]: torch's interpolate(mode="bilinear", align_corners=False), without antialiasing.
+
+    Shrinking by 2 takes the mean of two, by 3 the middle one alone, by 4 the mean of the middle two.
+    """
+    matrix = np.zeros((num_out, num_in), np.float64)
+    for i in range(num_out):
+        source = max((i + 0.5) * num_in / num_out - 0.5, 0.0)
+        first = int(source)
+        matrix[i, first] += 1 - (source - first)
+        matrix[i, min(first + 1, num_in - 1)] += source - first
+    return matrix.astype(np.float32)
 
 
 def _cubic(distance: float) -> float:

@@ -99,20 +99,21 @@ def _line(name: str, make: Callable[[int], Any], widths: Widths) -> dict[str, An
             continue
         possible.append(num)
     usual = 64 if 64 in possible else (possible[-1] if possible else 0)
-    line = {"name": name, "queries": "none on this grid", "possible": possible, "at": usual}
-    if not possible:
-        return line | {"elastic": "", "needs": [], "parameters": 0, "flops": 0, "exports": [], "source": ""}
-    config, seen = make(usual), _seen(make(usual), widths)
-    leaves = jax.tree.leaves(nnx.state(nnx.eval_shape(lambda: config.build(seen, nnx.Rngs(0)))))
-    return line | {
-        "queries": _in_words(possible),
+    config, seen = make(usual or 1), _seen(make(usual or 1), widths)
+    line = {
+        "name": name,
+        "queries": _in_words(possible) if possible else "none on this grid",
+        "possible": possible,
+        "at": usual,
         "elastic": config.elastic,
         "needs": list(config.needs),
-        "parameters": sum(leaf.size for leaf in leaves),
-        "flops": compressor_flops(config, seen),
         "exports": ["artifact"] if has_twin(config) else [],
         "source": _source(type(config).__module__),
     }
+    if not possible:
+        return line | {"parameters": 0, "flops": 0}
+    leaves = jax.tree.leaves(nnx.state(nnx.eval_shape(lambda: config.build(seen, nnx.Rngs(0)))))
+    return line | {"parameters": sum(leaf.size for leaf in leaves), "flops": compressor_flops(config, seen)}
 
 
 def _seen(config: CompressorConfig, widths: Widths) -> Widths:

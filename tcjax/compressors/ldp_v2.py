@@ -1,0 +1,93 @@
+"""LDPv2: project every token, average the grid to h x w bins, then let neighbours meet in one depthwise convolution.
+
+    z = bins(W_2 gelu(W_1 x));   y = z + conv(z)          conv: depthwise 3 x 3, padding 1, with bias
+
+Source: Chu et al. 2024, "MobileVLM V2: Faster and Stronger Baseline for Vision Language Model", LDPNetV2Projector: 144
+tokens, weights as torch starts them. Bins are torch's AdaptiveAvgPool2d; no weight depends on their number.
+Departures: any grid and any h x w (published: a square of 12). Biases start at 0. With padding a bin's mean is over its
+valid tokens, the convolution reads 0 where a bin has none, and such a bin is an invalid output.
+Cost: N (C D + D^2) + Q N D + 9 Q D multiplications per image: the projection comes before the pooling.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from tcjax.compressors.base import (
+    Compressed,
+    Compressor,
+    CompressorConfig,
+    Context,
+    Widths,
+    check_grid,
+    handed_over,
+    masked,
+    pooled_shape,
+    visible,
+)
+from tcjax.interop.lines import conv, mlp
+from tcjax.interop.names import Name
+from tcjax.nn.conv import Conv
+from tcjax.nn.dense import torch_uniform
+from tcjax.nn.mlp import Mlp
+from tcjax.nn.pool import averaging_grid, bin_means
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(CompressorConfig):
+    """num_queries: h * w. shape: (h, w) of the pooled grid; None takes the square."""
+
+    num_queries: int = 144
+    shape: tuple[int, int] | None = None
+    elastic = "pooling"
+
+    def outputs(self, widths: Widths) -> int:
+        height, width = self.pooled(widths)
+        return height * width
+
+    def pooled(self, widths: Widths) -> tuple[int, int]:
+        """(h, w) on this grid."""
+        return pooled_shape(self.num_queries, self.shape, widths)
+
+    def build(self, widths: Widths, rngs: nnx.Rngs) -> LdpV2:
+        return LdpV2(self, widths, rngs=rngs)
+
+    def at(self, num_queries: int) -> Config:
+        return replace(self, num_queries=num_queries, shape=None)
+
+    def out_grid(self, widths: Widths) -> tuple[int, int]:
+        return self.pooled(widths)
+
+    def semantics(self, widths: Widths) -> dict:
+        return {
+            "pooled": list(self.pooled(widths)),
+            "order": "mlp, pool, convolution",
+            "depth": 2,
+            "activation": "gelu",
+            "kernel": 3,
+        }
+
+    def names(self, widths: Widths) -> list[Name]:
+        """MobileVLM V2's mm_projector."""
+        return [*mlp("mlp", "mlp.mlp.", 2), *conv("peg", "peg.peg.0")]
+
+
+class LdpV2(Compressor):
+    def __init__(self, config: Config, widths: Widths, *, rngs: nnx.Rngs):
+        self.widths, self.num_outputs, self.pooled = widths, config.outputs(widths), config.pooled(widths)
+        C, D = widths.vision_C, widths.llm_D
+        self.mlp = Mlp("CFD", (C, D, D), rngs=rngs)
+        self.peg = Conv("D", D, D, kernel=3, padding=1, groups=D, init=torch_uniform, rngs=rngs)
+
+    def __call__(self, tokens_BNC: jax.Array, context: Context = Context()) -> Compressed:
+        check_grid(tokens_BNC, self.widths)
+        pool_QN = averaging_grid(self.widths.grid_HW, self.pooled)
+        projected_BND = masked(self.mlp(visible(tokens_BNC, context)), context.valid_BN)
+        mean_BQD, valid_BQ = bin_means(pool_QN, projected_BND, context.valid_BN)
+        near_BHWD = self.peg(mean_BQD.reshape(-1, *self.pooled, mean_BQD.shape[-1]))
+        assign_BQN = jnp.broadcast_to(pool_QN, (len(tokens_BNC), *pool_QN.shape)) if context.assign else None
+        return handed_over(mean_BQD + near_BHWD.reshape(mean_BQD.shape), valid_BQ, assign_BQN, context)
