@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from torch._dynamo.exc import UserError
 
 from tcjax.export.torch import verify
 
@@ -72,7 +73,7 @@ def _exported(artifact: Path, any_num_tokens: bool) -> torch.export.ExportedProg
         shapes = {name: {axis: sizes[size] for axis, size in axes.items()} for name, axes in free.items()}
         try:
             program = torch.export.export(compressor, (), inputs, dynamic_shapes=shapes, strict=False)
-        except torch._dynamo.exc.UserError:
+        except UserError:
             continue
         try:
             program.module()(**{name: value[:1] for name, value in inputs.items()})
