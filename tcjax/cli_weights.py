@@ -36,13 +36,15 @@ class Import:
 
     source: checkpoint, a folder or a .safetensors, .bin or .pt file; its layout is known by its names.
     grid: the tower's tokens, "24x24", if config.json does not say them. llm_width: if the checkpoint has no layer to an LLM.
-    family: which compressor is meant, if several layouts fit. seed: of what the checkpoint does not hold.
+    queries: of a compressor whose weights do not know it. family: which one is meant, if several layouts fit.
+    seed: of what the checkpoint does not hold.
     """
 
     source: Positional[Path]
     out: Path
     grid: str = ""
     llm_width: int = 0
+    queries: int = 0
     family: str = ""
     seed: int = 0
 
@@ -77,7 +79,13 @@ def import_weights(arguments: list[str]) -> int:
 
     grid_HW = pair(asked.grid, "--grid") if asked.grid else None
     found = import_artifact(
-        asked.source, asked.out, grid_HW=grid_HW, llm_D=asked.llm_width, family=asked.family, seed=asked.seed
+        asked.source,
+        asked.out,
+        grid_HW=grid_HW,
+        llm_D=asked.llm_width,
+        num_queries=asked.queries,
+        family=asked.family,
+        seed=asked.seed,
     )
     print(f"{asked.out}: {found.publisher}, {found.share:.2%} of the parameters from the file; {found.config}")
     if found.fresh:

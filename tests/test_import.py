@@ -6,11 +6,22 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from flax import nnx
 from safetensors.torch import save_file
 
 from tcjax.assemble import assemble
 from tcjax.cli import main
-from tcjax.compressors import idefics2_resampler, mlp, pixel_shuffle, qformer, resampler
+from tcjax.compressors import (
+    c_abstractor,
+    idefics2_resampler,
+    matryoshka_query,
+    mlp,
+    pixel_shuffle,
+    qformer,
+    qwen_resampler,
+    resampler,
+    spatial_resampler,
+)
 from tcjax.compressors.base import Widths
 from tcjax.export.artifact import load_artifact
 from tcjax.export.torch import verify
@@ -18,6 +29,7 @@ from tcjax.export.warm_start import import_artifact
 from tcjax.interop import names, tensors
 from tests.exported import CASES, WIDTHS, artifact
 from tests.hosted import a_run
+from tests.planted import plant
 from tests.test_lavis import CHECKPOINT
 
 VISION = dict(
@@ -232,6 +244,60 @@ def test_import_undoes_export_bit_for_bit(case, tmp_path):
     found = import_artifact(tmp_path, tmp_path / "out", grid_HW=WIDTHS.grid_HW)
     assert found.config == CASES[case] if case == "mlp" else found.config.head == "mlp"
     assert tensors.content_hash(tmp_path / "out/compressor.safetensors") == tensors.content_hash(published)
+
+
+LAYOUTS = {  # name: (config, prefix, publisher, what has to be said)
+    "honeybee": (
+        c_abstractor.Config(num_queries=4, depth=2, hidden=12),
+        "abstractor.",
+        "Honeybee",
+        {"num_queries": 4},
+    ),
+    "qwen_vl": (qwen_resampler.Config(num_queries=4), "transformer.visual.", "Qwen-VL", {}),
+    "minicpm_v2": (
+        qwen_resampler.Config(num_queries=4, form="minicpm_v2"),
+        "resampler.",
+        "MiniCPM-V 2.0 or OmniLMM",
+        {},
+    ),
+    "minicpm_v25": (qwen_resampler.Config(num_queries=5, form="minicpm_v25"), "resampler.", "MiniCPM-V 2.5 to 4.5", {}),
+    "uhd": (
+        qwen_resampler.Config(num_queries=4, form="uhd"),
+        "model.mm_projector.",
+        "LLaVA-UHD",
+        {"family": "qwen_resampler"},
+    ),
+    "uhd_v1": (
+        spatial_resampler.Config(num_queries=4),
+        "model.mm_projector.",
+        "LLaVA-UHD v1",
+        {"family": "spatial_resampler"},
+    ),
+    "mqt": (
+        matryoshka_query.Config(num_queries=4, max_queries=4),
+        "model.mm_projector.",
+        "MQT-LLaVA",
+        {},
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("case", LAYOUTS)
+def test_a_layout_without_a_class_comes_back_bit_for_bit(case, dtype, tmp_path):
+    config, prefix, publisher, said = LAYOUTS[case]
+    widths = Widths(grid_HW=(4, 4), vision_C=64, llm_D=128, text_D=128)
+    module = plant(config.build(widths, nnx.Rngs(0)))
+    published = names.to_torch(names.flatten(module), config.names(widths))
+    written = {prefix + key: array.astype(dtype) for key, array in published.items()}
+    tensors.save(tmp_path / "model.safetensors", written)
+    found = import_artifact(tmp_path, tmp_path / "out", grid_HW=(4, 4), **said)
+    assert (found.publisher, found.config, found.widths, found.share) == (publisher, config, widths, 1)
+    for key, array in tensors.load(tmp_path / "out/compressor.safetensors").items():
+        if key.endswith("pos_embed"):
+            np.testing.assert_allclose(array, published[key], atol=1e-6)
+        else:
+            np.testing.assert_array_equal(array, written[prefix + key].astype(np.float32), err_msg=key)
 
 
 def test_training_starts_from_an_imported_artifact(tmp_path, capsys):

@@ -39,6 +39,7 @@ def import_artifact(
     *,
     grid_HW: tuple[int, int] | None = None,
     llm_D: int = 0,
+    num_queries: int = 0,
     family: str = "",
     seed: int = 0,
 ) -> Imported:
@@ -48,6 +49,7 @@ def import_artifact(
         source: a folder or file of weights; config.json beside them is read if there is one.
         grid_HW: the tower's tokens, where config.json does not say them.
         llm_D: the LLM's width, where the checkpoint has no layer to an LLM.
+        num_queries: where neither weights nor config.json know it.
         family: whose layout it is, where several fit.
         seed: for what the checkpoint does not hold.
 
@@ -57,7 +59,8 @@ def import_artifact(
     checkpoint = open_checkpoint(Path(source))
     publisher = _publisher(checkpoint, family)
     keys = publisher.keys(checkpoint.shapes)
-    found = publisher.infer({key: checkpoint.shapes[name] for name, key in keys.items()}, checkpoint.config)
+    said = checkpoint.config | ({"num_query_tokens": num_queries, "projector_config": None} if num_queries else {})
+    found = publisher.infer({key: checkpoint.shapes[name] for name, key in keys.items()}, said)
     if found.llm_D is None and not llm_D:
         raise ValueError(f"{source} ({publisher.name}) has no layer to an LLM; --llm-width says how wide it shall be.")
     grid_HW = grid_HW or _grid(checkpoint)
