@@ -84,7 +84,16 @@ def test_the_catalogue_as_json_knows_which_q_a_grid_gives(capsys):
     assert lines["mlp"]["possible"] == [256]
     assert lines["resampler"]["queries"] == "1 – 256" and lines["resampler"]["source"] == "Alayrac et al. 2022"
     assert all("artifact" in line["exports"] for line in lines.values() if line["possible"])
-    assert lines["mlp"]["exports"] == ["artifact", "parts", "hf", "hf-remote", "llava", "onnx", "torch-export", "jax-export"]
+    assert lines["mlp"]["exports"] == [
+        "artifact",
+        "parts",
+        "hf",
+        "hf-remote",
+        "llava",
+        "onnx",
+        "torch-export",
+        "jax-export",
+    ]
     assert lines["mlp"]["parameters"] == 96 * 128 + 128 + 128 * 128 + 128
 
 
