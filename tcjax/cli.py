@@ -220,7 +220,7 @@ def _compressors(arguments: list[str]) -> int:
     asked = parse(Compressors, arguments)
 
     from tcjax import content
-    from tcjax.study.tables import catalogue_table
+    from tcjax.study.catalogue import catalogue_table
 
     module, _ = content.load(content.project_root(Path.cwd() / "here") / "configs/compressors.py")
     grid_HW, (vision, llm) = pair(asked.grid, "--grid"), pair(asked.widths, "--widths")

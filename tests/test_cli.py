@@ -82,8 +82,18 @@ def test_the_catalogue_as_json_knows_which_q_a_grid_gives(capsys):
     lines = {line["name"]: line for line in json.loads(capsys.readouterr().out)}
     assert lines["pixel_shuffle"]["possible"] == [1, 4, 16, 64, 256]
     assert lines["mlp"]["possible"] == [256]
-    assert lines["resampler"]["queries"] == "any" and lines["resampler"]["source"] == "Alayrac et al. 2022"
-    assert all(line["exports"] == ["artifact"] for line in lines.values())
+    assert lines["resampler"]["queries"] == "1 – 256" and lines["resampler"]["source"] == "Alayrac et al. 2022"
+    assert all("artifact" in line["exports"] for line in lines.values() if line["possible"])
+    assert lines["mlp"]["exports"] == [
+        "artifact",
+        "parts",
+        "hf",
+        "hf-remote",
+        "llava",
+        "onnx",
+        "torch-export",
+        "jax-export",
+    ]
     assert lines["mlp"]["parameters"] == 96 * 128 + 128 + 128 * 128 + 128
 
 
