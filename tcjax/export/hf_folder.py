@@ -107,6 +107,7 @@ def golden(model: Vlm, config: VlmConfig, chat: Chat) -> names.Arrays:
         is_image_BS=tokens_BS == chat.image_id,
         valid_BS=np.ones(tokens_BS.shape, bool),
         images_BYX3=images_BYX3,
+        instruction_BT=np.tile(np.array(chat.instruction(question), np.int32), (2, 1)),
     )
     with jax.default_device(reference_device()), jax.default_matmul_precision("highest"):
         graphdef, state = nnx.split(model)

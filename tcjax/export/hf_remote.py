@@ -3,6 +3,7 @@
     AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)     generate, and a processor with exactly
     AutoProcessor.from_pretrained(folder, trust_remote_code=True)                   Q placeholders per image
 
+A compressor that is told the question finds it in the prompt, between the template's marks of user and assistant.
 The code is configuration_tcjax_llava.py and modeling_tcjax_llava.py (a small subclass of transformers' Llava) beside
 modeling_compressor.py, the file every artifact carries. transformers converts no names for remote code, so the tensors have
 the names of its memory layout.
@@ -38,7 +39,7 @@ def why_not(run: Run) -> str:
     assert isinstance(config, VlmConfig)
     if facts["frames"] != 1:
         return f"Llava reads images, not videos of {facts['frames']} frames"
-    lacking = sorted(set(facts["needs"]) - {"levels"})
+    lacking = sorted(set(facts["needs"]) - {"levels", "text"})
     if lacking:
         return f"the compressor needs {', '.join(lacking)}, which Llava does not hand to its projector"
     if reason := hosts.why_no_tower(config.seen, after_norm=True) or hosts.why_no_llm(config.llm):
@@ -67,6 +68,10 @@ def export(run: Run, model: Vlm, identity: dict[str, Any], *, out: Path, root: P
         },
         "compressor": facts,
         "vision_levels": list(tower.levels),
+        "question_marks": {
+            "user": list(chat.encode(chat.template.user)),
+            "assistant": list(chat.encode(chat.template.assistant)),
+        },
         "vision_config": hosts.tower_config(tower),
         "text_config": hosts.llm_config(config.llm, ids),
         "image_token_index": chat.image_id,
@@ -96,10 +101,10 @@ def _chooses(config: VlmConfig) -> bool:
     """Whether outputs can be invalid although every input is valid."""
     compressor, widths = config.compressor, config.widths
 
-    def answer(tokens_BNC: jax.Array, levels_BNE: jax.Array) -> Compressed:
-        context = Context(levels_BNE=levels_BNE) if widths.levels else Context()
+    def answer(tokens_BNC: jax.Array, levels_BNE: jax.Array, text_BTD: jax.Array) -> Compressed:
+        context = Context(levels_BNE=levels_BNE, text_BTD=text_BTD)
         return compressor.build(widths, nnx.Rngs(0))(tokens_BNC, context)  # pyright: ignore[reportAttributeAccessIssue]
 
     N, C = widths.num_tokens, widths.vision_C
-    shapes = (jax.ShapeDtypeStruct((1, N, width), jnp.float32) for width in (C, widths.levels * C))
-    return jax.eval_shape(answer, *shapes).valid_BQ is not None
+    shapes = (1, N, C), (1, N, widths.levels * C), (1, 4, widths.text_D)
+    return jax.eval_shape(answer, *(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)).valid_BQ is not None
