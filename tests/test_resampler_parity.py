@@ -112,3 +112,34 @@ def test_assignment_is_the_last_layers_attention():
     weights_QN = np.exp(query_QE @ key_NE.T * 8**-0.5)
     expected_QN = weights_QN / weights_QN.sum(-1, keepdims=True)
     np.testing.assert_allclose(compress(module, x_BNC).assign_BQN[0], expected_QN, atol=1e-6)
+
+
+@pytest.mark.parametrize(("media", "frames"), [(1, 3), (2, 1), (2, 3)])
+def test_video_and_media_embeddings_are_open_flamingos(media, frames):
+    """x [B, T, F, v, C]: frame_embs[f] and media_time_embs[t] join the tokens, every medium has latents of its own."""
+    config = resampler.Config(
+        num_queries=Q, depth=DEPTH, heads=HEADS, head_width=HEAD_WIDTH, max_frames=4, media=media, max_media=3
+    )
+    widths = Widths(grid_HW=(2, 3), vision_C=C, llm_D=D, frames=media * frames)
+    module = plant(config.build(widths, nnx.Rngs(0)))
+    params = {path: np.array(leaf.get_value()) for path, leaf in leaves(module).items()}
+    x_BNC = noise(2, media * frames * 6, C)
+    valid_BN = np.ones(x_BNC.shape[:2], bool)
+    valid_BN[1, -4:] = False
+    told_BTFvC = x_BNC.reshape(2, media, frames, 6, C) + params["frames"][:frames, None]
+    told_BTFvC = told_BTFvC + params["media"][:media, None, None]
+    rows = told_BTFvC.reshape(2 * media, frames * 6, C)
+    theirs_BQD = twin_forward(params, rows, valid_BN.reshape(2 * media, -1)).reshape(2, media * Q, D)
+    ours = compress(module, x_BNC, valid_BN)
+    np.testing.assert_allclose(ours.tokens_BQD, theirs_BQD, atol=1e-5 * np.abs(theirs_BQD).max())
+    for medium in range(media):  # nobody looks at another medium's tokens
+        outputs = ours.assign_BQN[:, medium * Q : (medium + 1) * Q].reshape(2, Q, media, -1)
+        np.testing.assert_allclose(outputs[:, :, medium].sum(-1), 1, atol=1e-5)
+
+
+def test_more_frames_or_media_than_embeddings_are_refused():
+    widths = Widths(grid_HW=(2, 3), vision_C=C, llm_D=D, frames=5)
+    with pytest.raises(ValueError, match="5 frames of 1 media do not fit max_frames=4"):
+        resampler.Config(max_frames=4).build(widths, nnx.Rngs(0))
+    with pytest.raises(ValueError, match="media=5 is more than max_media=2"):
+        resampler.Config(media=5, max_media=2).build(widths, nnx.Rngs(0))
