@@ -29,6 +29,13 @@ import jax
 import pytest
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _forgotten_programs():
+    """A process that holds some thousands of compiled programs runs out of memory maps, and XLA then crashes."""
+    yield
+    jax.clear_caches()
+
+
 def pytest_configure(config: pytest.Config) -> None:
     if jax.device_count() != 8:
         raise pytest.UsageError(

@@ -26,7 +26,8 @@ TEXT_VALID_BT = np.arange(5) < np.array([[5], [3], [0]])  # a full instruction, 
 @pytest.fixture(params=CASES, scope="module")
 def case(request):
     config, num_queries, checksum = CASES[request.param]
-    return plant(config.build(WIDTHS, nnx.Rngs(0))), num_queries, checksum, config
+    yield plant(config.build(WIDTHS, nnx.Rngs(0))), num_queries, checksum, config
+    jax.clear_caches()
 
 
 def told(x_BNC, valid_BN=None, *, assign=False, active_B=None):
