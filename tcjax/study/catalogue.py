@@ -71,15 +71,17 @@ def catalogue_line(name: str, make: Callable[[int], Any], widths: Widths) -> dic
         "at": usual,
         "elastic": config.elastic,
         "needs": list(config.needs),
-        "exports": _targets(config, seen) if usual else [],
         "source": _source(type(config).__module__),
     }
     try:
         leaves = jax.tree.leaves(nnx.state(nnx.eval_shape(lambda: config.build(seen, nnx.Rngs(0))))) if usual else []
     except ValueError as error:
         return line | {"queries": f"none: {error}", "possible": [], "at": 0, "parameters": 0, "flops": 0, "exports": []}
-    flops = compressor_flops(config, seen) if usual else 0
-    return line | {"parameters": sum(leaf.size for leaf in leaves), "flops": flops}
+    return line | {
+        "parameters": sum(leaf.size for leaf in leaves),
+        "flops": compressor_flops(config, seen) if usual else 0,
+        "exports": _targets(config, seen) if usual else [],
+    }
 
 
 def _targets(config: CompressorConfig, widths: Widths) -> list[str]:
