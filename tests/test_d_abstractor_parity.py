@@ -172,7 +172,7 @@ def oracle(config, widths, weights, theirs, x_BNC, valid_BN):
     v = v + weights["v_pos_emb"] if config.pos_emb else v
     mask = None if valid_BN is None else torch.from_numpy(valid_BN)
     everything = np.ones(x_BNC.shape[:2], bool) if valid_BN is None else valid_BN
-    pooled = torch.from_numpy(bin_means(v.numpy(), everything, widths.grid_HW, config.pooled(widths)))
+    pooled = torch.from_numpy(bin_means(v.numpy(), everything, widths.grid_HW, config.out_grid(widths)))
     learned = weights["query_position_embeddings.weight"].expand(len(x_BNC), -1, -1)
     position, content = {"query": (pooled, learned), "tgt": (learned, pooled)}[config.pooled_v_target]
     shapes = [widths.grid_HW]

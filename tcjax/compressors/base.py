@@ -8,8 +8,6 @@ invalid inputs never influence valid outputs. `tests/test_compressors.py` examin
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
@@ -275,54 +273,6 @@ def shares(weights_BQN: jax.Array, valid_BN: jax.Array | None) -> jax.Array:
     if valid_BN is not None:
         weights_BQN = jnp.where(valid_BN[:, None], weights_BQN, 0)
     return weights_BQN / jnp.maximum(weights_BQN.sum(-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
-
-
-def pooled_shape(num_queries: int, shape: tuple[int, int] | None, widths: Widths) -> tuple[int, int]:
-    """(h, w) with h * w = num_queries on this grid, the square if `shape` is None; ValueError naming the possible."""
-    H, W = one_image(widths)
-    if shape is None:
-        side = math.isqrt(max(num_queries, 0))
-        if side * side != num_queries or not 1 <= side <= min(H, W):
-            squares = [side**2 for side in range(1, min(H, W) + 1)]
-            raise refuse_queries(num_queries, widths, "a square pooling (shape=(h, w) gives others)", squares)
-        return side, side
-    height, width = shape
-    if not (1 <= height <= H and 1 <= width <= W):
-        raise ValueError(f"shape={shape} is not a pooling of a {H}x{W} grid; possible: (1, 1) to ({H}, {W}).")
-    if height * width != num_queries:
-        possible = [(h, num_queries // h) for h in range(1, H + 1) if num_queries % h == 0]
-        possible = [(h, w) for h, w in possible if 1 <= w <= W]
-        raise ValueError(
-            f"shape={shape} has {height * width} tokens, num_queries={num_queries}: say the same number "
-            f"twice; possible shapes for {num_queries} on a {H}x{W} grid: {possible}."
-        )
-    return height, width
-
-
-def merge_factor(num_queries: int, widths: Widths, rule: str = "a whole s x s merge") -> int:
-    """s with num_queries = H / s * W / s on this grid; ValueError naming the possible numbers."""
-    H, W = one_image(widths)
-    sides = math.gcd(H, W)
-    queries = {H * W // s**2: s for s in range(1, sides + 1) if sides % s == 0}
-    if num_queries not in queries:
-        raise refuse_queries(num_queries, widths, rule, queries)
-    return queries[num_queries]
-
-
-def prefix_queries(num_queries: int, max_queries: int | None) -> int:
-    """How many queries have weights when `num_queries` are handed out; ValueError if there are fewer than that."""
-    most = num_queries if max_queries is None else max_queries
-    if not 1 <= num_queries <= most:
-        raise ValueError(f"num_queries={num_queries}: must be any whole number from 1 up to max_queries={most}.")
-    return most
-
-
-def refuse_queries(num_queries: int, widths: Widths, rule: str, possible: Iterable[int]) -> ValueError:
-    """The error for a Q that cannot be had: the rule, the values, the way out."""
-    height, width = widths.grid_HW
-    return ValueError(
-        f"num_queries={num_queries} is not {rule} of a {height}x{width} grid; possible: {sorted(set(possible))}."
-    )
 
 
 def masked(tokens_BQD: jax.Array, valid_BQ: jax.Array | None) -> jax.Array:

@@ -21,25 +21,15 @@ Cost: per block (2 E^2 + 9 E) N + E^2 / 2 multiplications before the pooling, Q 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tcjax.compressors.base import (
-    Compressed,
-    Compressor,
-    CompressorConfig,
-    Context,
-    Widths,
-    check_grid,
-    handed_over,
-    masked,
-    pooled_shape,
-    visible,
-)
+from tcjax.compressors.base import Compressed, Compressor, Context, Widths, check_grid, handed_over, masked, visible
+from tcjax.compressors.queries import GridConfig
 from tcjax.interop.lines import conv, conv1x1, linear, norm
 from tcjax.interop.names import Name
 from tcjax.nn.activations import ACTIVATIONS
@@ -54,7 +44,7 @@ _silu = ACTIVATIONS["silu"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(CompressorConfig):
+class Config(GridConfig):
     """Honeybee's sizes. num_queries: h * w. shape: (h, w) of the pooled grid; None takes the square.
 
     depth: blocks before and blocks after the pooling; with 0 it is pooling and MLP alone. hidden: their width E.
@@ -62,7 +52,6 @@ class Config(CompressorConfig):
     """
 
     num_queries: int = 144
-    shape: tuple[int, int] | None = None
     depth: int = 3
     hidden: int = 1024
     mlp_depth: int = 2
@@ -70,26 +59,12 @@ class Config(CompressorConfig):
     prenorm: bool = False
     elastic = "pooling"
 
-    def outputs(self, widths: Widths) -> int:
-        height, width = self.pooled(widths)
-        return height * width
-
-    def pooled(self, widths: Widths) -> tuple[int, int]:
-        """(h, w) on this grid."""
-        return pooled_shape(self.num_queries, self.shape, widths)
-
     def build(self, widths: Widths, rngs: nnx.Rngs) -> CAbstractor:
         return CAbstractor(self, widths, rngs=rngs)
 
-    def at(self, num_queries: int) -> Config:
-        return replace(self, num_queries=num_queries, shape=None)
-
-    def out_grid(self, widths: Widths) -> tuple[int, int]:
-        return self.pooled(widths)
-
     def semantics(self, widths: Widths) -> dict:
         return {
-            "pooled": list(self.pooled(widths)),
+            "pooled": list(self.out_grid(widths)),
             "order": "blocks, pool, blocks, mlp",
             "depth": self.depth,
             "hidden": self.hidden,
@@ -122,7 +97,7 @@ class CAbstractor(Compressor):
         if config.depth and min(C, E) < 3:
             raise ValueError(f"vision_C={C}, hidden={E}: both must be at least 3, a quarter of them rounds to a width.")
         self.widths, self.num_outputs = widths, config.outputs(widths)
-        self.pooled = config.pooled(widths)
+        self.pooled = config.out_grid(widths)
         self.prenorm = LayerNorm("C", C, eps=_PRENORM_EPS) if config.prenorm else None
         pos_NC = small_normal(rngs.params(), (widths.num_tokens, C), jnp.float32)
         self.pos = nnx.Param(pos_NC, axes="NC") if config.pos_emb else None

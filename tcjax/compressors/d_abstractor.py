@@ -41,16 +41,15 @@ from jax.nn import initializers
 from tcjax.compressors.base import (
     Compressed,
     Compressor,
-    CompressorConfig,
     Context,
     Widths,
     any_valid,
     check_grid,
     handed_over,
     masked,
-    pooled_shape,
     visible,
 )
+from tcjax.compressors.queries import GridConfig
 from tcjax.interop.lines import linear, norm
 from tcjax.interop.names import Name
 from tcjax.nn.activations import ACTIVATIONS
@@ -65,7 +64,7 @@ _TARGETS = ("query", "tgt", "none")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(CompressorConfig):
+class Config(GridConfig):
     """Honeybee's sizes. num_queries: h * w. shape: (h, w) of the queries' grid; None takes the square.
 
     width: E of the decoder. depth, heads, points: layers L, heads K, places each head looks at. feed_forward: F.
@@ -74,7 +73,6 @@ class Config(CompressorConfig):
     """
 
     num_queries: int = 144
-    shape: tuple[int, int] | None = None
     width: int = 1024
     depth: int = 6
     heads: int = 8
@@ -84,23 +82,12 @@ class Config(CompressorConfig):
     pos_emb: bool = True
     ring_init: bool = False
 
-    def outputs(self, widths: Widths) -> int:
-        height, width = self.pooled(widths)
-        return height * width
-
-    def pooled(self, widths: Widths) -> tuple[int, int]:
-        """(h, w) on this grid."""
-        return pooled_shape(self.num_queries, self.shape, widths)
-
     def build(self, widths: Widths, rngs: nnx.Rngs) -> DAbstractor:
         return DAbstractor(self, widths, rngs=rngs)
 
-    def out_grid(self, widths: Widths) -> tuple[int, int]:
-        return self.pooled(widths)
-
     def semantics(self, widths: Widths) -> dict:
         return {
-            "pooled": list(self.pooled(widths)),
+            "pooled": list(self.out_grid(widths)),
             "pooled_v_target": self.pooled_v_target,
             "width": self.width,
             "depth": self.depth,
@@ -159,7 +146,7 @@ class DAbstractor(Compressor):
         if config.pooled_v_target not in _TARGETS:
             raise ValueError(f"pooled_v_target={config.pooled_v_target!r} is none of {list(_TARGETS)}.")
         self.widths, self.num_outputs = widths, config.outputs(widths)
-        self.pooled, self.target = config.pooled(widths), config.pooled_v_target
+        self.pooled, self.target = config.out_grid(widths), config.pooled_v_target
         C, D, E, Q = widths.vision_C, widths.llm_D, config.width, self.num_outputs
         linear = partial(dense, init=small_normal, rngs=rngs)
         pos_NE = small_normal(rngs.params(), (widths.num_tokens, E), jnp.float32)

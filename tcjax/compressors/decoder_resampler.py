@@ -15,24 +15,14 @@ Cost: per layer (6 Q + 2 N) C^2 + 2 Q (Q + N) C + 2 Q C F multiplications, and Q
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tcjax.compressors.base import (
-    Compressed,
-    Compressor,
-    CompressorConfig,
-    Context,
-    Widths,
-    any_valid,
-    check_width,
-    handed_over,
-    prefix_queries,
-    visible,
-)
+from tcjax.compressors.base import Compressed, Compressor, Context, Widths, any_valid, check_width, handed_over, visible
+from tcjax.compressors.queries import PrefixConfig
 from tcjax.interop.lines import attention, linear, norm
 from tcjax.interop.names import Name
 from tcjax.nn.activations import ACTIVATIONS
@@ -49,33 +39,21 @@ _NORMS = {"norm_self": "norm1", "norm_cross": "norm2", "norm_ff": "norm3"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(CompressorConfig):
-    """depth: layers L. heads: K, they share the vision width. feed_forward: F.
-
-    max_queries: queries with weights, of which the first num_queries are used; None means exactly those.
-    """
+class Config(PrefixConfig):
+    """depth: layers L. heads: K, they share the vision width. feed_forward: F."""
 
     num_queries: int = 64
     depth: int = 2
     heads: int = 16
     feed_forward: int = 2048
-    max_queries: int | None = None
-    elastic = "masked prefix"
-
-    def outputs(self, widths: Widths) -> int:
-        prefix_queries(self.num_queries, self.max_queries)
-        return self.num_queries
 
     def build(self, widths: Widths, rngs: nnx.Rngs) -> DecoderResampler:
         return DecoderResampler(self, widths, rngs=rngs)
 
-    def at(self, num_queries: int) -> Config:
-        return replace(self, num_queries=num_queries, max_queries=self.max_queries or self.num_queries)
-
     def semantics(self, widths: Widths) -> dict:
         return {
             "any_num_tokens": True,
-            "max_queries": prefix_queries(self.num_queries, self.max_queries),
+            "max_queries": self.weighted(),
             "depth": self.depth,
             "heads": self.heads,
             "feed_forward": self.feed_forward,
@@ -100,7 +78,7 @@ class DecoderResampler(Compressor):
                 raise ValueError(f"{name}={getattr(config, name)}: must be at least 1.")
         self.widths, self.num_outputs = widths, config.outputs(widths)
         C, D = widths.vision_C, widths.llm_D
-        most = prefix_queries(config.num_queries, config.max_queries)
+        most = config.weighted()
         self.queries = nnx.Param(rngs.params.normal((most, C)), axes="QC")
         self.layers = stack(lambda rngs: _Layer(config, C, rngs=rngs), config.depth, rngs)
         self.out_proj = dense("CD", C, D, init=torch_uniform, rngs=rngs)

@@ -25,9 +25,9 @@ from tcjax.compressors.base import (
     Widths,
     check_grid,
     handed_over,
-    merge_factor,
     visible,
 )
+from tcjax.compressors.queries import merge_factor
 from tcjax.interop.names import Name
 from tcjax.nn.dense import dense
 from tcjax.nn.pool import averaging_grid, bin_means

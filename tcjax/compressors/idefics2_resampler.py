@@ -19,7 +19,7 @@ Cost: N P (2 C + D) multiplications per image, P = projection, and per layer (2 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import jax
@@ -27,18 +27,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.nn import initializers
 
-from tcjax.compressors.base import (
-    Compressed,
-    Compressor,
-    CompressorConfig,
-    Context,
-    Widths,
-    any_valid,
-    check_width,
-    handed_over,
-    prefix_queries,
-    visible,
-)
+from tcjax.compressors.base import Compressed, Compressor, Context, Widths, any_valid, check_width, handed_over, visible
+from tcjax.compressors.queries import PrefixConfig
 from tcjax.interop.lines import gated_mlp, norm, perceiver_layer
 from tcjax.interop.names import Name
 from tcjax.nn.dense import small_normal
@@ -50,12 +40,11 @@ Latents = Literal["normal", "ones"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(CompressorConfig):
+class Config(PrefixConfig):
     """Idefics2-8B's sizes. depth: layers L. heads, kv_heads, head_width: K, J, A. ff_mult: F = ff_mult * D.
 
     projection: inner width of the modality projection, in Idefics2 the feed-forward width of its LLM (Mistral-7B).
     eps: of every norm. latents: how they start, "normal" N(0, 0.02) or "ones" as published.
-    max_queries: latents with weights, of which the first num_queries are used; None means exactly those.
     """
 
     num_queries: int = 64
@@ -67,18 +56,9 @@ class Config(CompressorConfig):
     projection: int = 14336
     eps: float = 1e-5
     latents: Latents = "normal"
-    max_queries: int | None = None
-    elastic = "masked prefix"
-
-    def outputs(self, widths: Widths) -> int:
-        prefix_queries(self.num_queries, self.max_queries)
-        return self.num_queries
 
     def build(self, widths: Widths, rngs: nnx.Rngs) -> Idefics2Resampler:
         return Idefics2Resampler(self, widths, rngs=rngs)
-
-    def at(self, num_queries: int) -> Config:
-        return replace(self, num_queries=num_queries, max_queries=self.max_queries or self.num_queries)
 
     def sizes(self, widths: Widths) -> PerceiverSizes:
         """Of one layer; ValueError if they do not fit each other."""
@@ -93,7 +73,7 @@ class Config(CompressorConfig):
     def semantics(self, widths: Widths) -> dict:
         return {
             "any_num_tokens": True,
-            "max_queries": prefix_queries(self.num_queries, self.max_queries),
+            "max_queries": self.weighted(),
             "depth": self.depth,
             "heads": self.heads,
             "kv_heads": self.kv_heads,
@@ -124,7 +104,7 @@ class Idefics2Resampler(Compressor):
             raise ValueError(f"latents={config.latents!r} is no start of the latents; possible: {get_args(Latents)}.")
         self.widths, self.num_outputs = widths, config.outputs(widths)
         sizes, C, D = config.sizes(widths), widths.vision_C, widths.llm_D
-        most = prefix_queries(config.num_queries, config.max_queries)
+        most = config.weighted()
         start = small_normal if config.latents == "normal" else initializers.ones
         self.projection = GatedMlp("CFD", (C, config.projection, D), init=small_normal, rngs=rngs)
         self.latents = nnx.Param(start(rngs.params(), (most, D), jnp.float32), axes="QD")

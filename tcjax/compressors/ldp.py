@@ -32,9 +32,9 @@ from tcjax.compressors.base import (
     handed_over,
     masked,
     one_image,
-    refuse_queries,
     visible,
 )
+from tcjax.compressors.queries import refuse_queries
 from tcjax.interop.lines import conv, conv1x1, linear, norm
 from tcjax.interop.names import Name
 from tcjax.nn.conv import Conv, halved, windows

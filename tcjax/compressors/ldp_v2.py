@@ -11,24 +11,14 @@ Cost: N (C D + D^2) + Q N D + 9 Q D multiplications per image: the projection co
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tcjax.compressors.base import (
-    Compressed,
-    Compressor,
-    CompressorConfig,
-    Context,
-    Widths,
-    check_grid,
-    handed_over,
-    masked,
-    pooled_shape,
-    visible,
-)
+from tcjax.compressors.base import Compressed, Compressor, Context, Widths, check_grid, handed_over, masked, visible
+from tcjax.compressors.queries import GridConfig
 from tcjax.interop.lines import conv, mlp
 from tcjax.interop.names import Name
 from tcjax.nn.conv import Conv
@@ -38,33 +28,18 @@ from tcjax.nn.pool import averaging_grid, bin_means
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(CompressorConfig):
+class Config(GridConfig):
     """num_queries: h * w. shape: (h, w) of the pooled grid; None takes the square."""
 
     num_queries: int = 144
-    shape: tuple[int, int] | None = None
     elastic = "pooling"
-
-    def outputs(self, widths: Widths) -> int:
-        height, width = self.pooled(widths)
-        return height * width
-
-    def pooled(self, widths: Widths) -> tuple[int, int]:
-        """(h, w) on this grid."""
-        return pooled_shape(self.num_queries, self.shape, widths)
 
     def build(self, widths: Widths, rngs: nnx.Rngs) -> LdpV2:
         return LdpV2(self, widths, rngs=rngs)
 
-    def at(self, num_queries: int) -> Config:
-        return replace(self, num_queries=num_queries, shape=None)
-
-    def out_grid(self, widths: Widths) -> tuple[int, int]:
-        return self.pooled(widths)
-
     def semantics(self, widths: Widths) -> dict:
         return {
-            "pooled": list(self.pooled(widths)),
+            "pooled": list(self.out_grid(widths)),
             "order": "mlp, pool, convolution",
             "depth": 2,
             "activation": "gelu",
@@ -78,7 +53,7 @@ class Config(CompressorConfig):
 
 class LdpV2(Compressor):
     def __init__(self, config: Config, widths: Widths, *, rngs: nnx.Rngs):
-        self.widths, self.num_outputs, self.pooled = widths, config.outputs(widths), config.pooled(widths)
+        self.widths, self.num_outputs, self.pooled = widths, config.outputs(widths), config.out_grid(widths)
         C, D = widths.vision_C, widths.llm_D
         self.mlp = Mlp("CFD", (C, D, D), rngs=rngs)
         self.peg = Conv("D", D, D, kernel=3, padding=1, groups=D, init=torch_uniform, rngs=rngs)

@@ -29,10 +29,10 @@ from tcjax.compressors.base import (
     check_grid,
     handed_over,
     masked,
-    merge_factor,
     one_image,
     visible,
 )
+from tcjax.compressors.queries import merge_factor
 from tcjax.interop import lines
 from tcjax.interop.names import Name
 from tcjax.nn.mlp import projector

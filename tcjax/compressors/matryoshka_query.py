@@ -17,7 +17,7 @@ Cost: (2 N + 2 Q) C^2 + 2 Q N C + Q C D multiplications, N C^2 of it for keys th
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -27,16 +27,15 @@ from flax import nnx
 from tcjax.compressors.base import (
     Compressed,
     Compressor,
-    CompressorConfig,
     Context,
     Widths,
     any_valid,
     check_grid,
     handed_over,
     one_image,
-    prefix_queries,
     visible,
 )
+from tcjax.compressors.queries import PrefixConfig
 from tcjax.interop.lines import attention, fixed, norm
 from tcjax.interop.names import Name
 from tcjax.nn.attention import padding_mask
@@ -49,7 +48,7 @@ _EPS = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(CompressorConfig):
+class Config(PrefixConfig):
     """MQT's sizes. max_queries: queries with weights (M), a square. head_width: A, there are C / A heads.
 
     key_content: keys hold the image too.
@@ -67,18 +66,14 @@ class Config(CompressorConfig):
         return tuple(range(2, self.max_queries + 1, 2)) or (1,)
 
     def outputs(self, widths: Widths) -> int:
-        prefix_queries(self.num_queries, self.max_queries)
         self.side()
-        return self.num_queries
+        return super().outputs(widths)
 
     def side(self) -> int:
         return square_side(self.max_queries, "matryoshka_query")
 
     def build(self, widths: Widths, rngs: nnx.Rngs) -> MatryoshkaQuery:
         return MatryoshkaQuery(self, widths, rngs=rngs)
-
-    def at(self, num_queries: int) -> Config:
-        return replace(self, num_queries=num_queries)
 
     def semantics(self, widths: Widths) -> dict:
         return {

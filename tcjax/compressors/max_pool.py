@@ -12,7 +12,7 @@ first N (C D + D^2); no parameters beyond it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import jax
@@ -20,17 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from tcjax.compressors.base import (
-    Compressed,
-    Compressor,
-    CompressorConfig,
-    Context,
-    Widths,
-    check_grid,
-    handed_over,
-    pooled_shape,
-    visible,
-)
+from tcjax.compressors.base import Compressed, Compressor, Context, Widths, check_grid, handed_over, visible
+from tcjax.compressors.queries import GridConfig
 from tcjax.interop import lines
 from tcjax.interop.names import Name
 from tcjax.nn.mlp import projector
@@ -40,7 +31,7 @@ Order = Literal["pool, then mlp", "mlp, then pool"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(CompressorConfig):
+class Config(GridConfig):
     """num_queries: h * w. shape: (h, w) of the pooled grid; None takes the square.
 
     depth: linear layers of the MLP; 0 projects nothing and needs a tower as wide as the LLM.
@@ -48,31 +39,16 @@ class Config(CompressorConfig):
     """
 
     num_queries: int = 64
-    shape: tuple[int, int] | None = None
     depth: int = 2
     order: Order = "pool, then mlp"
     elastic = "pooling"
 
-    def outputs(self, widths: Widths) -> int:
-        height, width = self.pooled(widths)
-        return height * width
-
-    def pooled(self, widths: Widths) -> tuple[int, int]:
-        """(h, w) on this grid."""
-        return pooled_shape(self.num_queries, self.shape, widths)
-
     def build(self, widths: Widths, rngs: nnx.Rngs) -> MaxPool:
         return MaxPool(self, widths, rngs=rngs)
 
-    def at(self, num_queries: int) -> Config:
-        return replace(self, num_queries=num_queries, shape=None)
-
-    def out_grid(self, widths: Widths) -> tuple[int, int]:
-        return self.pooled(widths)
-
     def semantics(self, widths: Widths) -> dict:
         return {
-            "pooled": list(self.pooled(widths)),
+            "pooled": list(self.out_grid(widths)),
             "order": self.order,
             "depth": self.depth,
             "activation": "gelu",
@@ -88,7 +64,7 @@ class MaxPool(Compressor):
         if config.order not in get_args(Order):
             raise ValueError(f"order={config.order!r} is no order of max_pool; possible: {list(get_args(Order))}.")
         self.widths, self.num_outputs = widths, config.outputs(widths)
-        self.pooled, self.mlp_first = config.pooled(widths), config.order == "mlp, then pool"
+        self.pooled, self.mlp_first = config.out_grid(widths), config.order == "mlp, then pool"
         self.mlp = projector(widths.vision_C, widths.llm_D, config.depth, rngs=rngs)
 
     def __call__(self, tokens_BNC: jax.Array, context: Context = Context()) -> Compressed:

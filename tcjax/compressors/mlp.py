@@ -23,9 +23,9 @@ from tcjax.compressors.base import (
     Widths,
     check_grid,
     handed_over,
-    refuse_queries,
     visible,
 )
+from tcjax.compressors.queries import refuse_queries
 from tcjax.interop import lines
 from tcjax.interop.names import Name
 from tcjax.nn.mlp import projector

@@ -36,9 +36,9 @@ from tcjax.compressors.base import (
     check_grid,
     handed_over,
     masked,
-    merge_factor,
     visible,
 )
+from tcjax.compressors.queries import merge_factor
 from tcjax.interop.lines import linear, norm
 from tcjax.interop.names import Name
 from tcjax.nn.dense import dense, torch_uniform

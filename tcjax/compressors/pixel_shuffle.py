@@ -30,9 +30,9 @@ from tcjax.compressors.base import (
     Widths,
     check_grid,
     handed_over,
-    merge_factor,
     visible,
 )
+from tcjax.compressors.queries import merge_factor
 from tcjax.interop.lines import linear, norm
 from tcjax.interop.names import Name
 from tcjax.nn.dense import dense, torch_uniform

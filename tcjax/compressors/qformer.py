@@ -22,7 +22,7 @@ Cost: per layer 4 S E^2 + 2 S^2 E + 2 S E F, S = Q + T, and every second one 2 Q
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import jax
@@ -32,17 +32,16 @@ from flax import nnx
 from tcjax.compressors.base import (
     Compressed,
     Compressor,
-    CompressorConfig,
     Context,
     Need,
     Widths,
     any_valid,
     check_width,
     handed_over,
-    prefix_queries,
     read_text,
     visible,
 )
+from tcjax.compressors.queries import PrefixConfig
 from tcjax.interop.lines import linear, norm
 from tcjax.interop.names import Name
 from tcjax.nn.activations import ACTIVATIONS
@@ -56,12 +55,11 @@ _linear = partial(dense, init=small_normal)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(CompressorConfig):
+class Config(PrefixConfig):
     """BLIP-2's sizes. depth: layers. width: E of the queries. heads: K, of E / K each. feed_forward: F.
 
     cross_every: the first of so many layers reads the image; it divides depth.
     text: conditioned on the instruction. max_text: rows of position embeddings, the longest instruction.
-    max_queries: queries with weights, of which the first num_queries are used; None means exactly those.
     """
 
     num_queries: int = 32
@@ -72,22 +70,13 @@ class Config(CompressorConfig):
     cross_every: int = 2
     text: bool = False
     max_text: int = 512
-    max_queries: int | None = None
-    elastic = "masked prefix"
 
     @property
     def needs(self) -> tuple[Need, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]  here a choice
         return ("text",) if self.text else ()
 
-    def outputs(self, widths: Widths) -> int:
-        prefix_queries(self.num_queries, self.max_queries)
-        return self.num_queries
-
     def build(self, widths: Widths, rngs: nnx.Rngs) -> QFormer:
         return QFormer(self, widths, rngs=rngs)
-
-    def at(self, num_queries: int) -> Config:
-        return replace(self, num_queries=num_queries, max_queries=self.max_queries or self.num_queries)
 
     def maps_text(self, widths: Widths) -> bool:
         """Whether the text arrives in another width and `text_proj` maps it."""
@@ -96,7 +85,7 @@ class Config(CompressorConfig):
     def semantics(self, widths: Widths) -> dict:
         return {
             "any_num_tokens": True,
-            "max_queries": prefix_queries(self.num_queries, self.max_queries),
+            "max_queries": self.weighted(),
             "depth": self.depth,
             "width": self.width,
             "heads": self.heads,
@@ -143,7 +132,7 @@ class QFormer(Compressor):
     def __init__(self, config: Config, widths: Widths, *, rngs: nnx.Rngs):
         _check(config, widths)
         self.widths, self.num_outputs, self.max_text = widths, config.outputs(widths), config.max_text
-        E, most = config.width, prefix_queries(config.num_queries, config.max_queries)
+        E, most = config.width, config.weighted()
         self.queries = nnx.Param(small_normal(rngs.params(), (most, E)), axes="QE")
         self.positions = (
             nnx.Param(small_normal(rngs.params(), (config.max_text, E)), axes="TE") if config.text else None

@@ -33,11 +33,11 @@ from tcjax.compressors.base import (
     check_grid,
     handed_over,
     masked,
-    merge_factor,
     read_levels,
     read_text,
     visible,
 )
+from tcjax.compressors.queries import merge_factor
 from tcjax.compressors.token_packer import attend_in_cells, check_levels
 from tcjax.interop.lines import attention, conv, linear, mlp, norm
 from tcjax.interop.names import Name

@@ -20,7 +20,7 @@ Slots start from N(0, 1). Cost: N C 2 A + N Q A + Q N C + Q (C D + D^2) multipli
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -30,16 +30,15 @@ from jax.nn import initializers
 from tcjax.compressors.base import (
     Compressed,
     Compressor,
-    CompressorConfig,
     Context,
     Widths,
     any_valid,
     check_width,
     handed_over,
-    prefix_queries,
     read_text,
     visible,
 )
+from tcjax.compressors.queries import PrefixConfig
 from tcjax.interop.lines import linear, norm
 from tcjax.interop.names import Name
 from tcjax.nn.dense import dense
@@ -52,33 +51,21 @@ _HIDDEN = -1e30
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(CompressorConfig):
-    """inner: width A of the two spaces, of relevance and of slots. literal: the sketch's own relevance.
-
-    max_queries: slots with weights, of which the first num_queries are used; None means exactly those.
-    """
+class Config(PrefixConfig):
+    """inner: width A of the two spaces, of relevance and of slots. literal: the sketch's own relevance."""
 
     num_queries: int = 64
     inner: int = 256
-    max_queries: int | None = None
     literal: bool = False
     needs = ("text",)
-    elastic = "masked prefix"
-
-    def outputs(self, widths: Widths) -> int:
-        prefix_queries(self.num_queries, self.max_queries)
-        return self.num_queries
 
     def build(self, widths: Widths, rngs: nnx.Rngs) -> QueryMerge:
         return QueryMerge(self, widths, rngs=rngs)
 
-    def at(self, num_queries: int) -> Config:
-        return replace(self, num_queries=num_queries, max_queries=self.max_queries or self.num_queries)
-
     def semantics(self, widths: Widths) -> dict:
         return {
             "any_num_tokens": True,
-            "max_queries": prefix_queries(self.num_queries, self.max_queries),
+            "max_queries": self.weighted(),
             "inner": self.inner,
             "literal": self.literal,
             "activation": "gelu",
@@ -106,7 +93,7 @@ class QueryMerge(Compressor):
         self.norm = LayerNorm("C", C, eps=_EPS)
         relevance = _LiteralRelevance if config.literal else _Relevance
         self.relevance = relevance(C, widths.text_D, A, rngs=rngs)
-        most = prefix_queries(config.num_queries, config.max_queries)
+        most = config.weighted()
         self.slots = nnx.Param(rngs.params.normal((most, A)), axes="QA")
         self.slot_key = dense("CA", C, A, bias=False, rngs=rngs)
         self.out = Mlp("CFD", (C, D, D), rngs=rngs)

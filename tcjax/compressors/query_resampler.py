@@ -25,7 +25,7 @@ parameters.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -34,17 +34,16 @@ from flax import nnx
 from tcjax.compressors.base import (
     Compressed,
     Compressor,
-    CompressorConfig,
     Context,
     Widths,
     any_valid,
     check_grid,
     check_width,
     handed_over,
-    prefix_queries,
     read_text,
     visible,
 )
+from tcjax.compressors.queries import PrefixConfig
 from tcjax.interop.lines import linear, norm, perceiver_layer
 from tcjax.interop.names import Name
 from tcjax.nn.dense import dense, small_normal, torch_uniform
@@ -55,12 +54,11 @@ from tcjax.nn.perceiver import PerceiverLayer, PerceiverSizes, key_mask, read
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(CompressorConfig):
+class Config(PrefixConfig):
     """TG-LLaVA's sizes. width: E, there the tower's. depth: layers, of which the first text_layers read the question.
 
     heads, kv_heads, head_width: K, J, A. ff_mult: F = ff_mult * E. eps: of every norm.
     positions: a learned vector for every place of the grid is added to the tokens.
-    max_queries: latents with weights, of which the first num_queries are used; None means exactly those.
     """
 
     num_queries: int = 64
@@ -73,19 +71,10 @@ class Config(CompressorConfig):
     ff_mult: int = 4
     eps: float = 1e-5
     positions: bool = True
-    max_queries: int | None = None
     needs = ("text",)
-    elastic = "masked prefix"
-
-    def outputs(self, widths: Widths) -> int:
-        prefix_queries(self.num_queries, self.max_queries)
-        return self.num_queries
 
     def build(self, widths: Widths, rngs: nnx.Rngs) -> QueryResampler:
         return QueryResampler(self, widths, rngs=rngs)
-
-    def at(self, num_queries: int) -> Config:
-        return replace(self, num_queries=num_queries, max_queries=self.max_queries or self.num_queries)
 
     def sizes(self) -> PerceiverSizes:
         """Of one layer; ValueError if they do not fit each other."""
@@ -100,7 +89,7 @@ class Config(CompressorConfig):
     def semantics(self, widths: Widths) -> dict:
         return {
             "any_num_tokens": not self.positions,
-            "max_queries": prefix_queries(self.num_queries, self.max_queries),
+            "max_queries": self.weighted(),
             "positions": self.positions,
             "width": self.width,
             "depth": self.depth,
@@ -150,7 +139,7 @@ class QueryResampler(Compressor):
             )
         self.widths, self.num_outputs = widths, config.outputs(widths)
         sizes, C, E, D = config.sizes(), widths.vision_C, config.width, widths.llm_D
-        most, N = prefix_queries(config.num_queries, config.max_queries), widths.num_tokens
+        most, N = config.weighted(), widths.num_tokens
 
         def layers(num: int) -> nnx.Module:
             return stack(lambda rngs: PerceiverLayer("E", E, sizes, init=torch_uniform, rngs=rngs), num, rngs)

@@ -23,7 +23,7 @@ Cost: N C D + (2 N + 2 Q) D^2 + 2 Q N D + Q D^2 multiplications; 88.7 M paramete
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import jax
@@ -34,16 +34,15 @@ from flax import nnx
 from tcjax.compressors.base import (
     Compressed,
     Compressor,
-    CompressorConfig,
     Context,
     Widths,
     any_valid,
     check_grid,
     handed_over,
     one_image,
-    prefix_queries,
     visible,
 )
+from tcjax.compressors.queries import PrefixConfig
 from tcjax.interop.lines import attention, fixed, linear, norm
 from tcjax.interop.names import Name
 from tcjax.nn.attention import padding_mask
@@ -76,7 +75,7 @@ FORMS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(CompressorConfig):
+class Config(PrefixConfig):
     """Qwen-VL's sizes. form: a row of the table above. head_width: A, there are D / A heads.
 
     max_queries: queries with weights (M), a square where the form lays them on a grid; None means exactly num_queries.
@@ -87,20 +86,16 @@ class Config(CompressorConfig):
     num_queries: int = 256
     form: str = "qwen_vl"
     head_width: int = 128
-    max_queries: int | None = None
     post: bool = True
     frame_step: int = 1
     elastic = "prefix"
 
     def outputs(self, widths: Widths) -> int:
         self.side()
-        return self.num_queries
+        return super().outputs(widths)
 
     def build(self, widths: Widths, rngs: nnx.Rngs) -> QwenResampler:
         return QwenResampler(self, widths, rngs=rngs)
-
-    def at(self, num_queries: int) -> Config:
-        return replace(self, num_queries=num_queries, max_queries=self.max_queries or self.num_queries)
 
     def facts(self) -> _Form:
         """The form's row; ValueError if there is none of this name."""
@@ -110,7 +105,7 @@ class Config(CompressorConfig):
 
     def side(self) -> int | None:
         """sqrt(M), or None in a form whose queries have no grid; ValueError if it is not whole."""
-        facts, most = self.facts(), prefix_queries(self.num_queries, self.max_queries)
+        facts, most = self.facts(), self.weighted()
         if not (facts.on_queries or facts.on_keys == "resized"):
             return None
         return square_side(most, f"form={self.form!r}")
@@ -119,7 +114,7 @@ class Config(CompressorConfig):
         facts = self.facts()
         return {
             "form": self.form,
-            "max_queries": prefix_queries(self.num_queries, self.max_queries),
+            "max_queries": self.weighted(),
             "heads": num_heads(widths.llm_D, self.head_width),
             "norm_eps": _EPS,
             "queries_have_positions": facts.on_queries,
@@ -158,7 +153,7 @@ class QwenResampler(Compressor):
         self.widths, self.config, self.num_outputs = widths, config, config.outputs(widths)
         C, D = widths.vision_C, widths.llm_D
         sincos_2d((1, 1), D)  # a width it refuses is better refused here
-        most = prefix_queries(config.num_queries, config.max_queries)
+        most = config.weighted()
         self.query = nnx.Param(small_normal(rngs.params(), (most, D)), axes="QE")
         self.kv_proj = dense("CE", C, D, bias=False, init=small_normal, rngs=rngs) if C != D else None
         self.attn = MultiheadAttention(D, num_heads(D, config.head_width), out_init=small_normal, rngs=rngs)

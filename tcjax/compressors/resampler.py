@@ -17,7 +17,7 @@ Cost: per layer (2 Q + 2 (N + Q)) C E + 2 Q (N + Q) E + 2 ff_mult Q C^2 multipli
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import jax
@@ -27,16 +27,15 @@ from flax import nnx
 from tcjax.compressors.base import (
     Compressed,
     Compressor,
-    CompressorConfig,
     Context,
     Widths,
     any_valid,
     check_grid,
     check_width,
     handed_over,
-    prefix_queries,
     visible,
 )
+from tcjax.compressors.queries import PrefixConfig
 from tcjax.interop.lines import linear, norm
 from tcjax.interop.names import Name
 from tcjax.nn.activations import ACTIVATIONS
@@ -49,10 +48,9 @@ _EPS = 1e-5
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(CompressorConfig):
+class Config(PrefixConfig):
     """OpenFlamingo's sizes. depth: layers L. heads, head_width: K, A; K * A need not be C. ff_mult: F = ff_mult * C.
 
-    max_queries: latents with weights, of which the first num_queries are used; None means exactly those.
     max_frames: rows of frame embeddings, one per frame of a video; 0 has none.
     media: how many media the tokens are of, one after another, each giving num_queries tokens. max_media: rows of media
         embeddings, one per medium; 0 has none.
@@ -63,27 +61,22 @@ class Config(CompressorConfig):
     heads: int = 8
     head_width: int = 64
     ff_mult: int = 4
-    max_queries: int | None = None
     max_frames: int = 0
     media: int = 1
     max_media: int = 0
-    elastic = "masked prefix"
 
     def outputs(self, widths: Widths) -> int:
-        prefix_queries(self.num_queries, self.max_queries)
+        self.weighted()
         return self.media * self.num_queries
 
     def build(self, widths: Widths, rngs: nnx.Rngs) -> Resampler:
         return Resampler(self, widths, rngs=rngs)
 
-    def at(self, num_queries: int) -> Config:
-        return replace(self, num_queries=num_queries, max_queries=self.max_queries or self.num_queries)
-
     def semantics(self, widths: Widths) -> dict:
         return {
             "any_num_tokens": not self.max_frames and self.media == 1,
             "num_queries": self.num_queries,
-            "max_queries": prefix_queries(self.num_queries, self.max_queries),
+            "max_queries": self.weighted(),
             "max_frames": self.max_frames,
             "media": self.media,
             "max_media": self.max_media,
@@ -126,7 +119,7 @@ class Resampler(Compressor):
         self.widths, self.num_outputs, self.media_each = widths, config.outputs(widths), config.media
         self.num_latents, self.num_frames = config.num_queries, frames
         C, D = widths.vision_C, widths.llm_D
-        most = prefix_queries(config.num_queries, config.max_queries)
+        most = config.weighted()
         self.latents = nnx.Param(rngs.params.normal((most, C)), axes="QC")
         self.frames = nnx.Param(rngs.params.normal((config.max_frames, C)), axes="HC") if config.max_frames else None
         self.media = nnx.Param(rngs.params.normal((config.max_media, C)), axes="HC") if config.max_media else None

@@ -15,16 +15,16 @@ from dataclasses import dataclass, replace
 from flax import nnx
 
 from tcjax.compressors import mlp
-from tcjax.compressors.base import CompressorConfig, Widths, pooled_shape
+from tcjax.compressors.base import Widths
+from tcjax.compressors.queries import GridConfig
 from tcjax.interop.names import Name
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(CompressorConfig):
+class Config(GridConfig):
     """num_queries: h * w. shape: (h, w) of the resized image's patches; None takes the square."""
 
     num_queries: int = 64
-    shape: tuple[int, int] | None = None
     elastic = "pooling"
 
     @property
@@ -32,24 +32,14 @@ class Config(CompressorConfig):
         """Of what is trained; how the image gets smaller is the tower's affair."""
         return "mlp"
 
-    def outputs(self, widths: Widths) -> int:
-        height, width = pooled_shape(self.num_queries, self.shape, widths)
-        return height * width
-
     def build(self, widths: Widths, rngs: nnx.Rngs) -> mlp.MlpProjector:
         return mlp.Config().build(self._seen(widths), rngs)
-
-    def at(self, num_queries: int) -> Config:
-        return replace(self, num_queries=num_queries, shape=None)
 
     def of_tower(self) -> dict:
         side = math.isqrt(max(self.num_queries, 0))
         if self.shape is None and side**2 != self.num_queries:
             raise ValueError(f"num_queries={self.num_queries} is no square; shape=(h, w) gives others.")
         return {"shrunk_HW": self.shape or (side, side)}
-
-    def out_grid(self, widths: Widths) -> tuple[int, int]:
-        return pooled_shape(self.num_queries, self.shape, widths)
 
     def describe(self, widths: Widths) -> dict:
         return mlp.Config().describe(self._seen(widths))
@@ -58,4 +48,4 @@ class Config(CompressorConfig):
         return mlp.Config().names(self._seen(widths))
 
     def _seen(self, widths: Widths) -> Widths:
-        return replace(widths, grid_HW=pooled_shape(self.num_queries, self.shape, widths))
+        return replace(widths, grid_HW=self.out_grid(widths))

@@ -38,9 +38,9 @@ from tcjax.compressors.base import (
     handed_over,
     limited,
     one_image,
-    refuse_queries,
     visible,
 )
+from tcjax.compressors.queries import refuse_queries
 from tcjax.interop.lines import attention, fixed, linear, norm
 from tcjax.interop.names import Name
 from tcjax.nn.attention import padding_mask

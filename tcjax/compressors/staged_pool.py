@@ -35,10 +35,10 @@ from tcjax.compressors.base import (
     handed_over,
     masked,
     one_image,
-    pooled_shape,
     shares,
     visible,
 )
+from tcjax.compressors.queries import pooled_shape
 from tcjax.interop import lines
 from tcjax.interop.names import Name
 from tcjax.nn.activations import ACTIVATIONS

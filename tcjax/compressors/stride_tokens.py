@@ -11,24 +11,15 @@ Cost: Q (C D + D^2) multiplications per image.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tcjax.compressors.base import (
-    Compressed,
-    Compressor,
-    CompressorConfig,
-    Context,
-    Widths,
-    check_grid,
-    handed_over,
-    pooled_shape,
-    visible,
-)
+from tcjax.compressors.base import Compressed, Compressor, Context, Widths, check_grid, handed_over, visible
+from tcjax.compressors.queries import GridConfig
 from tcjax.interop import lines
 from tcjax.interop.names import Name
 from tcjax.nn.mlp import projector
@@ -38,7 +29,7 @@ Mode = Literal["grid", "first"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(CompressorConfig):
+class Config(GridConfig):
     """num_queries: tokens kept. mode: "grid" or "first". depth: linear layers of the MLP.
 
     shape: (h, w) of the lattice, for "grid"; None takes the square.
@@ -46,17 +37,12 @@ class Config(CompressorConfig):
 
     num_queries: int = 64
     mode: Mode = "grid"
-    shape: tuple[int, int] | None = None
     depth: int = 2
     elastic = "pooling"
 
-    def outputs(self, widths: Widths) -> int:
-        height, width = self.out_grid(widths)
-        return height * width
-
     def out_grid(self, widths: Widths) -> tuple[int, int]:
         if self.mode == "grid":
-            return pooled_shape(self.num_queries, self.shape, widths)
+            return super().out_grid(widths)
         if not 1 <= self.num_queries <= widths.num_tokens:
             raise ValueError(
                 f"num_queries={self.num_queries}: must be from 1 up to the grid's {widths.num_tokens} tokens."
@@ -65,9 +51,6 @@ class Config(CompressorConfig):
 
     def build(self, widths: Widths, rngs: nnx.Rngs) -> StrideTokens:
         return StrideTokens(self, widths, rngs=rngs)
-
-    def at(self, num_queries: int) -> Config:
-        return replace(self, num_queries=num_queries, shape=None)
 
     def semantics(self, widths: Widths) -> dict:
         return {

@@ -29,7 +29,6 @@ from tcjax.compressors.base import (
     any_valid,
     check_width,
     handed_over,
-    prefix_queries,
     visible,
 )
 from tcjax.interop.lines import linear, norm
@@ -50,7 +49,9 @@ class Config(CompressorConfig):
     hidden: int = 64
 
     def outputs(self, widths: Widths) -> int:
-        return prefix_queries(self.num_queries, None)
+        if self.num_queries < 1:
+            raise ValueError(f"num_queries={self.num_queries}: must be any whole number from 1 up.")
+        return self.num_queries
 
     def build(self, widths: Widths, rngs: nnx.Rngs) -> TokenLearner:
         return TokenLearner(self, widths, rngs=rngs)

@@ -18,7 +18,7 @@ Cost: 2 N (levels C^2 + C^2) + 2 Q C^2 + 2 N C^2 + Q (C D + D^2) multiplications
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -29,16 +29,15 @@ from flax import nnx
 from tcjax.compressors.base import (
     Compressed,
     Compressor,
-    CompressorConfig,
     Context,
     Widths,
     check_grid,
     handed_over,
     one_image,
     read_levels,
-    refuse_queries,
     visible,
 )
+from tcjax.compressors.queries import GridConfig, refuse_queries
 from tcjax.interop.lines import attention, linear, mlp, norm
 from tcjax.interop.names import Name
 from tcjax.nn.cells import cells, from_cells
@@ -52,7 +51,7 @@ _EPS = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(CompressorConfig):
+class Config(GridConfig):
     """num_queries: h * w cells, where h and w divide the sides of the grid.
 
     shape: (h, w); None takes the cells nearest to squares (24 x 24 into 144: 2 x 2). head_width: A, C = K * A.
@@ -60,20 +59,19 @@ class Config(CompressorConfig):
     """
 
     num_queries: int = 144
-    shape: tuple[int, int] | None = None
     head_width: int = 128
     levels: tuple[int, ...] = (12, 16, 22, 23)
     needs = ("levels",)
     elastic = "pooling"
 
     def outputs(self, widths: Widths) -> int:
-        height, width = self.cells(widths)
+        height, width = self.out_grid(widths)
         if self.head_width < 1 or widths.vision_C % self.head_width:
             raise ValueError(f"head_width={self.head_width} must divide the tower's width C={widths.vision_C}.")
         return height * width
 
-    def cells(self, widths: Widths) -> tuple[int, int]:
-        """(h, w) on this grid."""
+    def out_grid(self, widths: Widths) -> tuple[int, int]:
+        """The cells (h, w)."""
         H, W = one_image(widths)
         possible = [(h, w) for h in range(1, H + 1) for w in range(1, W + 1) if H % h == W % w == 0]
         found = [(h, w) for h, w in possible if h * w == self.num_queries and self.shape in (None, (h, w))]
@@ -89,18 +87,12 @@ class Config(CompressorConfig):
     def build(self, widths: Widths, rngs: nnx.Rngs) -> TokenPacker:
         return TokenPacker(self, widths, rngs=rngs)
 
-    def at(self, num_queries: int) -> Config:
-        return replace(self, num_queries=num_queries, shape=None)
-
     def of_tower(self) -> dict[str, Any]:
         return {"levels": self.levels}
 
-    def out_grid(self, widths: Widths) -> tuple[int, int]:
-        return self.cells(widths)
-
     def semantics(self, widths: Widths) -> dict:
         return {
-            "cells": list(self.cells(widths)),
+            "cells": list(self.out_grid(widths)),
             "cell_order": "row by row",
             "layers": list(self.levels),
             "heads": widths.vision_C // self.head_width,
@@ -121,7 +113,7 @@ class Config(CompressorConfig):
 
 class TokenPacker(Compressor):
     def __init__(self, config: Config, widths: Widths, *, rngs: nnx.Rngs):
-        self.widths, self.num_outputs, self.cells = widths, config.outputs(widths), config.cells(widths)
+        self.widths, self.num_outputs, self.cells = widths, config.outputs(widths), config.out_grid(widths)
         check_levels(config.levels, widths)
         C, D, E = widths.vision_C, widths.llm_D, widths.levels * widths.vision_C
         self.query = dense("CE", C, C, bias=False, init=small_normal, rngs=rngs)
