@@ -22,7 +22,8 @@ def numbers(text: str, flag: str) -> tuple[int, ...] | None:
 
 
 def pair(text: str, flag: str) -> tuple[int, int]:
-    found = numbers(text.replace("x", ","), flag) or ()
-    if len(found) != 2:
-        raise ValueError(f"{flag} takes two whole numbers, as in 24x24; got {text!r}.")
-    return found[0], found[1]
+    """Two sizes, "24x24" or "1024,4096"; ValueError unless both are whole numbers from 1 up."""
+    parts = text.replace("x", ",").split(",")
+    if len(parts) != 2 or not all(part.strip().isdecimal() and int(part) for part in parts):
+        raise ValueError(f"{flag} takes two whole numbers from 1 up, as in 24x24 or 1024,4096; got {text!r}.")
+    return int(parts[0]), int(parts[1])

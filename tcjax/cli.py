@@ -222,7 +222,10 @@ def _compressors(arguments: list[str]) -> int:
     from tcjax import content
     from tcjax.study.catalogue import catalogue_table
 
-    module, _ = content.load(content.project_root(Path.cwd() / "here") / "configs/compressors.py")
+    catalogue = content.project_root(Path.cwd()) / "configs/compressors.py"
+    if not catalogue.is_file():
+        raise ValueError(f"the catalogue is a project's configs/compressors.py, and {Path.cwd()} lies in no project.")
+    module, _ = content.load(catalogue)
     grid_HW, (vision, llm) = pair(asked.grid, "--grid"), pair(asked.widths, "--widths")
     catalogue_table(module.CATALOGUE, grid_HW, vision, llm, as_json=asked.json)
     return 0

@@ -31,6 +31,8 @@ def test_a_wrong_verb_lists_the_right_ones(capsys):
         (["ablate", "experiments/num_queries", "--queries", "a,b"], "--queries takes whole numbers"),
         (["ablate", "experiments/num_queries", "--steps", "-5"], "--steps -5: takes a whole number from 1 up"),
         (["compressors", "--grid", "24"], "--grid takes two whole numbers"),
+        (["compressors", "--grid", "0x4"], "--grid takes two whole numbers from 1 up"),
+        (["compressors", "--widths", "a,b"], "--widths takes two whole numbers"),
         (["data", "mix", "data/digit_boards"], "data 'mix' is unknown"),
         (["data", "prepare", "docs"], "must hold exactly one"),
     ],

@@ -35,9 +35,12 @@ def load(path: Path) -> dict[str, np.ndarray]:
         with torch.device("cpu"):
             found = torch.load(path, map_location="cpu", weights_only=True, mmap=False)
     except pickle.UnpicklingError as error:
-        said = str(error).strip().splitlines()[0]
+        # Only the line that names the object: the rest advises to load it nevertheless.
+        named = next(
+            (line.rstrip(".") for line in str(error).splitlines() if "nsupported" in line), "an unknown object"
+        )
         raise ValueError(
-            f"{path} holds more than tensors, and loading it could run code ({said}); it is not loaded. "
+            f"{path} holds more than tensors, and loading it could run code ({named}); it is not loaded. "
             f"Ask its author for a safetensors file, or convert it in a place where nothing can be lost."
         ) from error
     except (RuntimeError, EOFError, OSError, KeyError, ValueError, AssertionError) as error:
