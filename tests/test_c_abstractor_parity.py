@@ -5,21 +5,19 @@ with timm 0.9.8 (1.0.31 gives the same bits) on a CPU; for "rectangle" its own n
 4 x 7 grid in place of squares. "start" has weights as at Honeybee's start, N(0, 0.02): there the norms' eps shows.
 """
 
-from pathlib import Path
-
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 from flax import nnx
 
 from tcjax.compressors import c_abstractor
-from tcjax.compressors.base import Context, Widths
-from tcjax.export.torch.c_abstractor import Compressor as Twin
-from tcjax.interop import names, tensors
+from tcjax.compressors.base import Widths
+from tcjax.export.torch import c_abstractor as room
+from tests.honeybee import golden, off, original, same_weights
 from tests.planted import leaves, noise, plant
+from tests.torch_layers import compress, loaded, twin
 
-GOLDEN = tensors.load(Path(__file__).parent / "golden" / "c_abstractor.safetensors")
+GOLDEN = golden("c_abstractor")
 CASES = {  # name: (grid, config)
     "square": ((4, 4), c_abstractor.Config(num_queries=4, hidden=16)),
     "overlap": ((6, 6), c_abstractor.Config(num_queries=16, depth=2, hidden=8, mlp_depth=3, prenorm=True)),
@@ -29,63 +27,40 @@ CASES = {  # name: (grid, config)
 }
 
 
-def original(case: str):
-    """Tokens, outputs, weights and the widths they belong to."""
-    x_BNC, y_BQD = GOLDEN[f"{case}/tokens"], GOLDEN[f"{case}/out"]
-    prefix = f"{case}/weights/"
-    weights = {key.removeprefix(prefix): value for key, value in GOLDEN.items() if key.startswith(prefix)}
-    grid, config = CASES[case]
-    return x_BNC, y_BQD, weights, config, Widths(grid_HW=grid, vision_C=x_BNC.shape[2], llm_D=y_BQD.shape[2])
-
-
-def loaded(weights, config, widths):
-    module = config.build(widths, nnx.Rngs(0))
-    names.assign(module, names.from_torch(weights, config.names(widths), names.shapes(module)))
-    return module
-
-
-@nnx.jit
-def compress(module, x_BNC, valid_BN=None):
-    return module(x_BNC, Context(valid_BN, assign=True))
-
-
-def off(ours_BQD, theirs_BQD) -> float:
-    return float(np.abs(np.asarray(ours_BQD) - theirs_BQD).max() / np.abs(theirs_BQD).max())
+def case_of(name: str):
+    grid_HW, config = CASES[name]
+    return config, original(GOLDEN, name, grid_HW)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_equals_honeybee(case):
-    x_BNC, y_BQD, weights, config, widths = original(case)
-    module = loaded(weights, config, widths)
-    assert off(compress(module, x_BNC).tokens_BQD, y_BQD) < 3e-6
-    back = names.to_torch(names.flatten(module), config.names(widths))
-    assert back.keys() == weights.keys()
-    for key, weight in weights.items():
-        np.testing.assert_array_equal(back[key], weight, err_msg=key, strict=True)
+    config, one = case_of(case)
+    module = loaded(config, one.widths, one.weights)
+    assert off(compress(module, one.x_BNC).tokens_BQD, one.y_BQD) < 3e-6
+    same_weights(module, config, one)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_twin_takes_honeybees_weights_as_they_are(case):
-    x_BNC, y_BQD, weights, config, widths = original(case)
-    twin = Twin(config.describe(widths))
-    twin.load_state_dict({key: torch.from_numpy(weight) for key, weight in weights.items()})
-    assert off(twin(torch.from_numpy(x_BNC)).detach(), y_BQD) < 3e-6
+    config, one = case_of(case)
+    theirs = twin(room, config, one.widths, one.weights)
+    assert off(theirs(torch.from_numpy(one.x_BNC)).detach(), one.y_BQD) < 3e-6
 
 
 def test_another_eps_would_show(monkeypatch):
     """Blocks have 1e-5, timm's norm-and-activation layer, though its 2-D LayerNorm has 1e-6."""
     monkeypatch.setattr(c_abstractor, "_EPS", 1e-6)
-    x_BNC, y_BQD, weights, config, widths = original("start")
-    assert off(compress(loaded(weights, config, widths), x_BNC).tokens_BQD, y_BQD) > 1e-4
+    config, one = case_of("start")
+    module = loaded(config, one.widths, one.weights)
+    assert off(compress(module, one.x_BNC).tokens_BQD, one.y_BQD) > 1e-4
 
 
 def test_the_callers_tokens_stay_as_they_are():
     """Honeybee adds its positions in place."""
-    x_BNC, _, weights, config, widths = original("square")
-    twin, tokens = Twin(config.describe(widths)), torch.from_numpy(x_BNC.copy())
-    twin.load_state_dict({key: torch.from_numpy(weight) for key, weight in weights.items()})
-    twin(tokens)
-    np.testing.assert_array_equal(tokens.numpy(), x_BNC)
+    config, one = case_of("square")
+    tokens = torch.from_numpy(one.x_BNC.copy())
+    twin(room, config, one.widths, one.weights)(tokens)
+    np.testing.assert_array_equal(tokens.numpy(), one.x_BNC)
 
 
 @pytest.mark.parametrize(
@@ -141,7 +116,7 @@ def test_a_padded_image_is_the_image_cut_to_what_is_real():
     state["pos"] = nnx.Param(module.pos[...][real_N], axes="NC")
     nnx.update(cut, state)
     x_BNC = noise(2, 24, 10)
-    out = compress(module, x_BNC, jnp.broadcast_to(real_N, (2, 24)))
+    out = compress(module, x_BNC, valid_BN=np.broadcast_to(real_N, (2, 24)))
     real_Q = np.array([True, True, False] * 2)
     np.testing.assert_array_equal(out.valid_BQ, [real_Q] * 2)
     np.testing.assert_allclose(out.tokens_BQD[:, real_Q], compress(cut, x_BNC[:, real_N]).tokens_BQD, atol=1e-5)
@@ -153,7 +128,7 @@ def test_a_half_padded_bin_is_the_mean_of_its_real_tokens():
     config = c_abstractor.Config(num_queries=2, shape=(1, 2), depth=0, mlp_depth=1, pos_emb=False)
     module = plant(config.build(widths, nnx.Rngs(0)))
     x_BNC, valid_BN = noise(1, 8, 5), np.array([[1, 1, 1, 0, 0, 1, 0, 0]], bool)
-    out = compress(module, x_BNC, valid_BN)
+    out = compress(module, x_BNC, valid_BN=valid_BN)
     kernel, bias = (np.asarray(leaf) for leaf in (module.readout[0].kernel[...], module.readout[0].bias[...]))
     means_QC = np.stack([x_BNC[0, [0, 1, 5]].mean(0), x_BNC[0, 2]])
     np.testing.assert_allclose(out.tokens_BQD[0], means_QC @ kernel + bias, atol=1e-5)

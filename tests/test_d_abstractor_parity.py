@@ -5,8 +5,6 @@ with transformers 4.38.1 in float32 on a CPU (its cast to a CUDA tensor made a C
 "start" has weights as at Honeybee's start, N(0, 0.02). transformers' DeformableDetrDecoder takes any grid and a mask.
 """
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -19,12 +17,14 @@ from transformers.models.deformable_detr.modeling_deformable_detr import (
 )
 
 from tcjax.compressors import d_abstractor
-from tcjax.compressors.base import Context, Widths
-from tcjax.export.torch.d_abstractor import Compressor as Twin
-from tcjax.interop import names, tensors
+from tcjax.compressors.base import Widths
+from tcjax.export.torch import d_abstractor as room
+from tcjax.interop import names
+from tests.honeybee import golden, off, original, same_weights
 from tests.planted import leaves, noise, plant
+from tests.torch_layers import compress, loaded, twin
 
-GOLDEN = tensors.load(Path(__file__).parent / "golden" / "d_abstractor.safetensors")
+GOLDEN = golden("d_abstractor")
 TINY = {"num_queries": 9, "width": 16, "depth": 2, "heads": 2, "points": 2, "feed_forward": 12}
 CASES = {  # name: (side of the grid, config)
     "query": (4, d_abstractor.Config(num_queries=4, width=16, depth=3, heads=4, points=3, feed_forward=20)),
@@ -34,28 +34,9 @@ CASES = {  # name: (side of the grid, config)
 }
 
 
-def original(case: str):
-    """Tokens, outputs, weights and the widths they belong to."""
-    x_BNC, y_BQD = GOLDEN[f"{case}/tokens"], GOLDEN[f"{case}/out"]
-    prefix = f"{case}/weights/"
-    weights = {key.removeprefix(prefix): value for key, value in GOLDEN.items() if key.startswith(prefix)}
-    side, config = CASES[case]
-    return x_BNC, y_BQD, weights, config, Widths(grid_HW=(side, side), vision_C=x_BNC.shape[2], llm_D=y_BQD.shape[2])
-
-
-def loaded(weights, config, widths):
-    module = config.build(widths, nnx.Rngs(0))
-    names.assign(module, names.from_torch(weights, config.names(widths), names.shapes(module)))
-    return module
-
-
-@nnx.jit
-def compress(module, x_BNC, valid_BN=None):
-    return module(x_BNC, Context(valid_BN, assign=True))
-
-
-def off(ours_BQD, theirs_BQD) -> float:
-    return float(np.abs(np.asarray(ours_BQD) - theirs_BQD).max() / np.abs(theirs_BQD).max())
+def case_of(name: str):
+    side, config = CASES[name]
+    return config, original(GOLDEN, name, (side, side))
 
 
 # Honeybee itself -----------------------------------------------------------------------------------------------------
@@ -63,29 +44,26 @@ def off(ours_BQD, theirs_BQD) -> float:
 
 @pytest.mark.parametrize("case", CASES)
 def test_equals_honeybee(case):
-    x_BNC, y_BQD, weights, config, widths = original(case)
-    start = config.build(widths, nnx.Rngs(0)).reference_points[...]
+    config, one = case_of(case)
+    start = config.build(one.widths, nnx.Rngs(0)).reference_points[...]
     np.testing.assert_allclose(start, GOLDEN[f"{case}/start"][0], atol=1e-7)
-    module = loaded(weights, config, widths)
-    assert off(compress(module, x_BNC).tokens_BQD, y_BQD) < 5e-6
-    back = names.to_torch(names.flatten(module), config.names(widths))
-    assert back.keys() == weights.keys()
-    for key, weight in weights.items():
-        np.testing.assert_array_equal(back[key], weight, err_msg=key, strict=True)
+    module = loaded(config, one.widths, one.weights)
+    assert off(compress(module, one.x_BNC).tokens_BQD, one.y_BQD) < 5e-6
+    same_weights(module, config, one)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_twin_takes_honeybees_weights_as_they_are(case):
-    x_BNC, y_BQD, weights, config, widths = original(case)
-    twin = Twin(config.describe(widths))
-    twin.load_state_dict({key: torch.from_numpy(weight) for key, weight in weights.items()})
-    assert off(twin(torch.from_numpy(x_BNC)).detach(), y_BQD) < 5e-6
+    config, one = case_of(case)
+    theirs = twin(room, config, one.widths, one.weights)
+    assert off(theirs(torch.from_numpy(one.x_BNC)).detach(), one.y_BQD) < 5e-6
 
 
 def test_another_eps_would_show(monkeypatch):
     monkeypatch.setattr(d_abstractor, "_EPS", 1e-6)
-    x_BNC, y_BQD, weights, config, widths = original("start")
-    assert off(compress(loaded(weights, config, widths), x_BNC).tokens_BQD, y_BQD) > 2e-5
+    config, one = case_of("start")
+    module = loaded(config, one.widths, one.weights)
+    assert off(compress(module, one.x_BNC).tokens_BQD, one.y_BQD) > 2e-5
 
 
 def test_has_as_many_parameters_as_honeybees():
@@ -215,7 +193,7 @@ def test_equals_transformers_decoder(name, ragged):
         valid_BN[1] &= np.arange(N) < N // 2
         x_BNC = np.where(valid_BN[..., None], x_BNC, 0).astype(np.float32)
     expected_BQD = oracle(config, widths, weights, theirs, x_BNC, valid_BN)
-    assert off(compress(module, x_BNC, valid_BN).tokens_BQD, expected_BQD) < 1e-5
+    assert off(compress(module, x_BNC, valid_BN=valid_BN).tokens_BQD, expected_BQD) < 1e-5
 
 
 def test_reference_points_are_the_centres_of_the_first_and_the_last_tokens():
@@ -280,7 +258,9 @@ def test_a_query_that_looks_outside_shares_itself_out_equally():
     module = plant(config.build(Widths(grid_HW=(4, 6), vision_C=12, llm_D=10), nnx.Rngs(0)))
     module.reference_points.set_value(module.reference_points[...] * 0 + 9)
     valid_BN = np.arange(24)[None] < 10
-    np.testing.assert_allclose(compress(module, noise(1, 24, 12), valid_BN).assign_BQN[0, :, :10], 0.1, atol=1e-6)
+    np.testing.assert_allclose(
+        compress(module, noise(1, 24, 12), valid_BN=valid_BN).assign_BQN[0, :, :10], 0.1, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize(

@@ -46,9 +46,9 @@ def _compress(graphdef, state, x_BNC, context):
     return nnx.merge(graphdef, state)(x_BNC, context._replace(assign=True))
 
 
-def compress(module: nnx.Module, x_BNC: np.ndarray, **told: np.ndarray) -> Compressed:
+def compress(module: nnx.Module, x_BNC: np.ndarray, **told: np.ndarray | None) -> Compressed:
     """Compiled, with the assignment; `told` are fields of the context."""
-    context = Context(**{name: jnp.asarray(value) for name, value in told.items()})
+    context = Context(**{name: jnp.asarray(value) for name, value in told.items() if value is not None})
     return _compress(*nnx.split(module), x_BNC, context)
 
 
