@@ -22,7 +22,9 @@ from tests.hosted import IDENTITY, ROOT, TOWERS, a_model, a_run
 RESAMPLER = resampler.Config(num_queries=3, depth=1, heads=2, head_width=8)
 IDEFICS2 = idefics2_resampler.Config(num_queries=3, depth=2, heads=4, kv_heads=2, head_width=6, projection=32)
 QFORMER = qformer.Config(num_queries=3, depth=4, width=24, heads=3, feed_forward=20, class_token=True)
+EVERY_LAYER = dataclasses.replace(QFORMER, depth=2, cross_every=1)
 TOLD = dataclasses.replace(QFORMER, text=True, max_text=7)
+OWN_WORDS = dataclasses.replace(TOLD, width=16, heads=2)  # as wide as the LLM: no text_proj
 STOCK = {  # name: (run, class)
     "llava-clip": (a_run(mlp.Config(), "clip", "llama3"), "LlavaForConditionalGeneration"),
     "llava-siglip": (a_run(mlp.Config(), "siglip-2", "qwen2"), "LlavaForConditionalGeneration"),
@@ -33,12 +35,9 @@ STOCK = {  # name: (run, class)
         "InternVLForConditionalGeneration",
     ),
     "blip2": (a_run(QFORMER, "eva", "llama3"), "Blip2ForConditionalGeneration"),
-    "blip2-tied": (a_run(dataclasses.replace(QFORMER, cross_every=1), "eva", "qwen2"), "Blip2ForConditionalGeneration"),
+    "blip2-tied": (a_run(EVERY_LAYER, "eva", "qwen2"), "Blip2ForConditionalGeneration"),
     "instructblip": (a_run(TOLD, "eva", "qwen3"), "InstructBlipForConditionalGeneration"),
-    "instructblip-own-words": (
-        a_run(dataclasses.replace(TOLD, width=16, heads=2), "eva", "llama"),
-        "InstructBlipForConditionalGeneration",
-    ),
+    "instructblip-own-words": (a_run(OWN_WORDS, "eva", "llama"), "InstructBlipForConditionalGeneration"),
 }
 REMOTE = {
     "mlp": a_run(mlp.Config(), "siglip", "llama"),
