@@ -61,7 +61,8 @@ def export(run: Run, model: Vlm, identity: dict[str, Any], *, out: Path, root: P
     chat = hf_folder.chat_of(run, root)
     ids = hf_folder.token_ids(chat)
     weights = {host.key(key): tensor for key, tensor in compressor_tensors(model, config).items()}
-    weights |= {host.tower + key: tensor for key, tensor in _tower(model, tower, host, root).items()}
+    of_tower = host.tower_tensors(hosts.tower_tensors(model.tower, tower, root), tower)
+    weights |= {host.tower + key: tensor for key, tensor in of_tower.items()}
     for key, tensor in hosts.llm_tensors(model.llm, config.llm).items():
         weights[host.head if key == "lm_head.weight" else host.llm + key.removeprefix("model.")] = tensor
     weights = host.derived(weights)
@@ -85,10 +86,6 @@ def export(run: Run, model: Vlm, identity: dict[str, Any], *, out: Path, root: P
 def compressor_tensors(model: Vlm, config: VlmConfig) -> names.Arrays:
     """Under their published names."""
     return hosts.compressor_tensors(model.compressor, config.compressor, config.widths)
-
-
-def _tower(model: Vlm, tower: VitConfig, host: Host, root: Path) -> names.Arrays:
-    return host.tower_tensors(hosts.tower_tensors(model.tower, tower, root), tower)
 
 
 def _host(facts: dict) -> Host | None:

@@ -105,12 +105,13 @@ def golden(model: Vlm, config: VlmConfig, chat: Chat) -> names.Arrays:
     question = _words(chat, 3)
     ids = chat.render_question(question, num_queries=config.num_queries)
     tokens_BS = np.tile(np.array(ids, np.int32), (2, 1))
+    question_BT = np.tile(np.array(chat.instruction(question), np.int32), (2, 1))
     batch = Batch(
         tokens_BS=tokens_BS,
         is_image_BS=tokens_BS == chat.image_id,
         valid_BS=np.ones(tokens_BS.shape, bool),
         images_BYX3=images_BYX3,
-        instruction_BT=np.tile(np.array(chat.instruction(question), np.int32), (2, 1)),
+        instruction_BT=question_BT,
     )
     with jax.default_device(reference_device()), jax.default_matmul_precision("highest"):
         graphdef, state = nnx.split(model)
@@ -132,7 +133,7 @@ def golden(model: Vlm, config: VlmConfig, chat: Chat) -> names.Arrays:
         "generated": np.asarray(generated_BT, np.int64),
         "prompt": np.frombuffer(prompt.encode(), np.uint8),
         "question": np.frombuffer(question.encode(), np.uint8),
-        "question_ids": np.array([chat.instruction(question)] * 2, np.int64),
+        "question_ids": question_BT.astype(np.int64),
     }
 
 
