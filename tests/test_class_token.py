@@ -9,11 +9,13 @@ import pytest
 from tcjax.answer import evaluate_run, looks
 from tcjax.assemble import assemble
 from tcjax.compressors import avg_pool, qformer
+from tcjax.compressors.base import Widths
 from tcjax.config import EvaluateConfig, Pixels, Run, Source, TrainConfig
 from tcjax.evaluate.cost import cost, tower_flops
 from tcjax.export.run import export_run
 from tcjax.job import train_run, trained
 from tcjax.study import looks as pictures
+from tcjax.study.catalogue import catalogue_line
 from tcjax.towers.patch_labels import PatchLabelsConfig
 from tcjax.vlm import VlmConfig
 from tests.hosted import LLMS, TOWERS
@@ -83,3 +85,10 @@ def test_it_costs_the_tower_nothing_and_is_no_patch():
         ValueError, match=r"before its 4x4: the class token\. Build the tower with VitConfig.keep_class"
     ):
         pooled.num_queries  # noqa: B018
+
+
+@pytest.mark.parametrize("text", [False, True])
+def test_the_catalogue_asks_only_towers_that_have_one(text):
+    widths = Widths(grid_HW=(4, 4), vision_C=64, llm_D=128, text_D=128)
+    line = catalogue_line("class", lambda num: dataclasses.replace(QFORMER, num_queries=num, text=text), widths)
+    assert line["queries"] == "1 – 16" and {"hf", "hf-remote"} <= set(line["exports"])

@@ -302,8 +302,8 @@ REFUSED = {  # why a stock class, then why remote code does not hold it
     ),
     "unknown tower": (
         a_run(mlp.Config(), "internvit"),
-        r"tower is InternViT, and the host has CLIP or SigLIP",
-        r"tower is InternViT, and the host has CLIP or SigLIP",
+        r"tower is InternViT or EVA-ViT, and the host has CLIP or SigLIP",
+        r"tower is InternViT or EVA-ViT, and the host has CLIP or SigLIP",
     ),
 }
 
