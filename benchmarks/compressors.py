@@ -16,7 +16,6 @@ import gc
 import json
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -47,9 +46,7 @@ def configured(make: Callable[[int], CompressorConfig]) -> tuple[CompressorConfi
     for num in (*range(64, 0, -1), *range(65, WIDTHS.num_tokens + 1)):
         try:
             config = make(num)
-            asked = config.of_tower()
-            grid_HW, levels = asked.get("shrunk_HW", WIDTHS.grid_HW), len(asked.get("levels", ()))
-            widths = replace(WIDTHS, grid_HW=grid_HW, levels=levels)
+            widths = config.asked(WIDTHS)
             config.outputs(widths)
         except ValueError:
             continue

@@ -200,8 +200,9 @@ def distinct(asked: EvaluationSet) -> tuple[np.ndarray, np.ndarray]:
 
 
 def looks(model: Vlm, run: Run, *, root: Path, out: Path, boards: int = 4) -> Path:
-    """`out`/looks.npz: images uint8 [b, Y, X, 3], assign float32 [b, Q, N], grid (H, W), questions. For pictures.
+    """`out`/looks.npz: images uint8 [b, Y, X, 3], assign float32 [b, Q, H * W], grid (H, W), questions. For pictures.
 
+    What a query gives the class token is no place in the picture and is left out.
     A compressor that is told the question is told each board's first one.
     """
     config, scored = run.model, run.evaluate
@@ -224,7 +225,7 @@ def looks(model: Vlm, run: Run, *, root: Path, out: Path, boards: int = 4) -> Pa
     np.savez_compressed(
         path,
         images=((images_BYX3 * std + mean) * 255).round().clip(0, 255).astype(np.uint8),
-        assign=np.asarray(see(batch), np.float32),
+        assign=np.asarray(see(batch), np.float32)[..., config.widths.extra :],
         grid=np.array(config.widths.grid_HW),
         questions=np.array([name for name, _ in shown]),
     )

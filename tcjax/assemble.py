@@ -63,11 +63,11 @@ def assemble(
 
 
 def _from_artifact(folder: Path, module: nnx.Module, wanted: Any, widths: Any) -> names.Arrays:
-    """The leaves of an artifact that holds just this compressor, whichever grid it saw if it reads any number of tokens."""
+    """The leaves of an artifact that holds just this compressor; if it reads any number of tokens, from whichever tower."""
     if not isinstance(wanted, CompressorConfig):
         raise ValueError(f"{folder} is the artifact of a compressor; weights for another part are safetensors files.")
     content, facts = artifact.read(folder), wanted.describe(widths)
-    free = {"grid"} if facts["any_num_tokens"] else set()
+    free = {"grid", "extra"} if facts["any_num_tokens"] else set()
     asked = {fact: value for fact, value in facts.items() if fact not in free}
     found = {fact: value for fact, value in content.facts.items() if fact not in free}
     artifact.check_same(found, asked, f"the artifact {folder} and the compressor that is asked for")

@@ -42,6 +42,7 @@ class VlmConfig:
             llm_D=self.llm.width,
             text_D=self.llm.width,
             levels=len(self.seen.levels),
+            extra=int(self.seen.keep_class),
         )
 
     @cached_property

@@ -35,6 +35,7 @@ TOWERS: dict[str, VitConfig] = {
     "siglip-2": dataclasses.replace(SIGLIP, feature_layer=-2),
     "clip": CLIP,
     "internvit": INTERNVIT,
+    "eva": dataclasses.replace(INTERNVIT, post_norm=True),  # BLIP-2's
 }
 LLAMA = dataclasses.replace(tiny.LLM, vocab=64)
 LLMS: dict[str, LlmConfig] = {

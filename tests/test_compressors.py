@@ -1,6 +1,7 @@
 """The contract: one examination for every compressor. A new one is a row of tests/compressor_cases.py."""
 
 import re
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -267,6 +268,21 @@ def test_grid_compressors_refuse_another_number_of_tokens(name):
     compressor = CASES[name][0].build(WIDTHS, nnx.Rngs(0))
     with pytest.raises(ValueError, match=r"N=25 tokens.*N=24, a 4x6 grid"):
         compressor(noise(2, 25, 12))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_class_token_before_the_grid_is_read_or_refused(name):
+    config, widths = CASES[name][0], replace(WIDTHS, extra=1)
+    x_BNC = noise(2, 25, 12)
+    if not config.describe(WIDTHS)["any_num_tokens"]:
+        with pytest.raises(ValueError, match=r"extra=1 token before its \d+x\d+: the class token\. Build the tower"):
+            config.build(widths, nnx.Rngs(0))(x_BNC, told(x_BNC))
+        return
+    assert config.describe(widths) == config.describe(WIDTHS) | {"extra": 1}
+    compressor = plant(config.build(widths, nnx.Rngs(0)))
+    out = compress(compressor, x_BNC, assign=True)
+    assert out.assign_BQN.shape == (2, compressor.num_outputs, 25)
+    np.testing.assert_allclose(out.assign_BQN.sum(-1), 1, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", IMPOSSIBLE)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from tcjax.compressors import avg_pool, idefics2_resampler, mlp, pixel_shuffle, resampler
+from tcjax.compressors import avg_pool, idefics2_resampler, mlp, pixel_shuffle, qformer, resampler
 from tcjax.config import Pixels
 from tcjax.export import hf, hf_folder, hf_remote
 from tcjax.export.torch.remote import verify
@@ -21,6 +21,10 @@ from tests.hosted import IDENTITY, ROOT, TOWERS, a_model, a_run
 
 RESAMPLER = resampler.Config(num_queries=3, depth=1, heads=2, head_width=8)
 IDEFICS2 = idefics2_resampler.Config(num_queries=3, depth=2, heads=4, kv_heads=2, head_width=6, projection=32)
+QFORMER = qformer.Config(num_queries=3, depth=4, width=24, heads=3, feed_forward=20, class_token=True)
+EVERY_LAYER = dataclasses.replace(QFORMER, depth=2, cross_every=1)
+TOLD = dataclasses.replace(QFORMER, text=True, max_text=7)
+OWN_WORDS = dataclasses.replace(TOLD, width=16, heads=2)  # as wide as the LLM: no text_proj
 STOCK = {  # name: (run, class)
     "llava-clip": (a_run(mlp.Config(), "clip", "llama3"), "LlavaForConditionalGeneration"),
     "llava-siglip": (a_run(mlp.Config(), "siglip-2", "qwen2"), "LlavaForConditionalGeneration"),
@@ -30,12 +34,17 @@ STOCK = {  # name: (run, class)
         a_run(pixel_shuffle.Config(num_queries=4, head="mlp"), "internvit", "llama3"),
         "InternVLForConditionalGeneration",
     ),
+    "blip2": (a_run(QFORMER, "eva", "llama3"), "Blip2ForConditionalGeneration"),
+    "blip2-tied": (a_run(EVERY_LAYER, "eva", "qwen2"), "Blip2ForConditionalGeneration"),
+    "instructblip": (a_run(TOLD, "eva", "qwen3"), "InstructBlipForConditionalGeneration"),
+    "instructblip-own-words": (a_run(OWN_WORDS, "eva", "llama"), "InstructBlipForConditionalGeneration"),
 }
 REMOTE = {
     "mlp": a_run(mlp.Config(), "siglip", "llama"),
     "avg_pool-clip": a_run(avg_pool.Config(num_queries=4), "clip", "llama3"),
     "pixel_shuffle": a_run(pixel_shuffle.Config(num_queries=4, head="mlp"), "siglip-2", "qwen2"),
     "resampler": a_run(RESAMPLER, "siglip", "qwen3"),
+    "qformer-class": a_run(TOLD, "clip", "llama"),
 }
 
 
@@ -293,8 +302,8 @@ REFUSED = {  # why a stock class, then why remote code does not hold it
     ),
     "unknown tower": (
         a_run(mlp.Config(), "internvit"),
-        r"tower is InternViT, and the host has CLIP or SigLIP",
-        r"tower is InternViT, and the host has CLIP or SigLIP",
+        r"tower is InternViT or EVA-ViT, and the host has CLIP or SigLIP",
+        r"tower is InternViT or EVA-ViT, and the host has CLIP or SigLIP",
     ),
 }
 

@@ -1,5 +1,6 @@
 """Published PyTorch connectors become artifacts: whole, by name, bit for bit; what does not fit is listed, bombs are not lit."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -116,8 +117,8 @@ def instruct_blip() -> torch.nn.Module:
     return transformers.InstructBlipForConditionalGeneration(config)
 
 
-QFORMER_CONFIG = qformer.Config(num_queries=5, depth=4, width=8, heads=2, feed_forward=12)
-INSTRUCT = qformer.Config(num_queries=5, depth=4, width=8, heads=2, feed_forward=12, text=True, max_text=9)
+QFORMER_CONFIG = qformer.Config(num_queries=5, depth=4, width=8, heads=2, feed_forward=12, class_token=True)
+INSTRUCT = dataclasses.replace(QFORMER_CONFIG, text=True, max_text=9)
 CLASSES = {  # name: (class, config, publisher, tensors whose names in the file are other than in the artifact)
     "llava": (llava, mlp.Config(), "LLaVA in transformers"),
     "internvl": (internvl, pixel_shuffle.Config(num_queries=4, head="mlp"), "InternVL in transformers"),
@@ -143,6 +144,8 @@ def test_a_checkpoint_of_the_class_itself_becomes_an_artifact(case, layout, tmp_
     found = import_artifact(tmp_path / "published", tmp_path / "out")
     assert (found.publisher, found.config, found.widths.grid_HW) == (publisher, config, (4, 4))
     text = case == "instruct_blip"
+    assert found.widths.num_tokens == (17 if "blip" in case else 16)
+    assert tensors.load(tmp_path / "out/golden.safetensors")["plain.tokens"].shape[1] == found.widths.num_tokens
     assert found.fresh == (["text_proj.weight", "text_proj.bias"] if text else [])
     assert found.share == 1 if not text else 0.9 < found.share < 1
     assert verify.check(tmp_path / "out")["problems"] == []

@@ -11,7 +11,7 @@ import torch
 from safetensors.numpy import load_file
 
 from tcjax.cli import main
-from tcjax.compressors import avg_pool, mlp, pixel_shuffle, resampler
+from tcjax.compressors import avg_pool, mlp, pixel_shuffle, qformer, resampler
 from tcjax.compressors.base import CompressorConfig
 from tcjax.config import TrainConfig
 from tcjax.export import jax_export, llava, onnx, torch_export
@@ -162,6 +162,7 @@ class Unknown(CompressorConfig):
         ("llava", a_run(mlp.Config()), "LLaVA reads the tower before its last norm"),
         ("artifact", a_run(Unknown()), "test_targets has no PyTorch twin; these have one: avg_pool"),
         ("hf", a_run(Unknown()), "has no PyTorch twin"),
+        ("hf", a_run(qformer.Config(), "eva"), "it reads the tower's class token too; train with qformer.Config(class"),
         ("onnx", a_run(mlp.Config()).replace(model=TOWERS["clip"]), "trains a VitConfig, which has no compressor"),
         ("parts", a_run(mlp.Config()).replace(train=TrainConfig(steps=1, trainable=("head",))), "trains ('head',)"),
     ],

@@ -1,15 +1,19 @@
-"""What a compressor asks of the tower: earlier layers beside the tokens, or a smaller grid. Both as transformers has them."""
+"""What a compressor asks of the tower, as transformers has it: earlier layers, a smaller grid, the class token."""
 
 import dataclasses
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 import torch
+import transformers
 from flax import nnx
 from safetensors.numpy import load_file
 
 from tcjax.config import Pixels
+from tcjax.export import blip2, hosts
+from tests.planted import plant
 from tests.test_vit import CLIP, EVERYTHING, SIGLIP, behind, images, loaded, twin
 
 
@@ -20,6 +24,39 @@ def published(request, tmp_path_factory):
     model, folder = twin(cfg), tmp_path_factory.mktemp(request.param)
     model.save_pretrained(folder)
     return cfg, model, load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("levels", [(), (0, 2, 3)])
+def test_the_class_token_comes_first_where_it_is_kept(published, levels):
+    cfg, model, tensors = published
+    asked = dataclasses.replace(behind(cfg, -2), levels=levels)
+    if not cfg.class_token:
+        with pytest.raises(ValueError, match=r"keep_class=True, but this tower has no class token .*; choose a tower"):
+            dataclasses.replace(asked, keep_class=True)
+        return
+    kept, images_BYX3 = dataclasses.replace(asked, keep_class=True), images(2, cfg)
+    with torch.no_grad():
+        theirs = model.vision_model(torch.from_numpy(images_BYX3).permute(0, 3, 1, 2), output_hidden_states=True)
+    expected_BSE = torch.cat([theirs.hidden_states[layer] for layer in (-2, *levels)], -1).numpy()
+    found_BSE = jax.jit(loaded(kept, tensors))(images_BYX3)
+    assert found_BSE.shape[1] == kept.num_tokens == 17
+    np.testing.assert_allclose(found_BSE, expected_BSE, rtol=1e-5, atol=1e-5)
+    dropped_BNE = jax.jit(loaded(asked, tensors))(images_BYX3)
+    np.testing.assert_allclose(found_BSE[:, 1:], dropped_BNE, rtol=1e-5, atol=1e-6)
+
+
+def test_tokens_of_blip2s_tower_are_those_of_its_class():
+    """Through the names that an export writes, 17 tokens behind the last norm."""
+    cfg = dataclasses.replace(EVERYTHING, pre_norm=False, keep_class=True, activation="gelu")
+    tower = plant(cfg.build(nnx.Rngs(0)))
+    found = hosts.tower_tensors(tower, cfg, Path())
+    model = transformers.Blip2VisionModel(transformers.Blip2VisionConfig(**hosts.tower_sizes(cfg))).eval()
+    tensors = {key.removeprefix("vision_model."): value for key, value in blip2.tower_tensors(found, cfg).items()}
+    model.load_state_dict({key: torch.from_numpy(value) for key, value in tensors.items()}, strict=True)
+    images_BYX3 = images(2, cfg)
+    with torch.no_grad():
+        theirs = model(torch.from_numpy(images_BYX3).permute(0, 3, 1, 2)).last_hidden_state
+    np.testing.assert_allclose(jax.jit(tower)(images_BYX3), theirs.numpy(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("feature_layer", [-1, -2])

@@ -8,7 +8,7 @@ invalid inputs never influence valid outputs. `tests/test_compressors.py` examin
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import jax
@@ -26,6 +26,7 @@ class Widths:
 
     frames: images that are compressed together, the frames of a video; their tokens follow one another.
     levels: how many earlier layers of the tower come along, each of width vision_C.
+    extra: tokens before the grid's, the class token where the tower keeps it.
     """
 
     grid_HW: tuple[int, int]
@@ -34,11 +35,12 @@ class Widths:
     text_D: int = 0
     frames: int = 1
     levels: int = 0
+    extra: int = 0
 
     @property
     def num_tokens(self) -> int:
         """N, the tokens the tower hands over."""
-        return self.frames * self.grid_HW[0] * self.grid_HW[1]
+        return self.frames * (self.extra + self.grid_HW[0] * self.grid_HW[1])
 
 
 class Context(NamedTuple):
@@ -115,6 +117,12 @@ class CompressorConfig:
         """Fields of the tower's config that this compressor wants otherwise, such as `levels`."""
         return {}
 
+    def asked(self, widths: Widths) -> Widths:
+        """The widths of a tower that gives what `of_tower` asks for."""
+        fields = self.of_tower()
+        grid_HW, levels = fields.get("shrunk_HW", widths.grid_HW), len(fields.get("levels", ()))
+        return replace(widths, grid_HW=grid_HW, levels=levels, extra=int(fields.get("keep_class", widths.extra)))
+
     def averaged_over(self) -> tuple[int, ...]:
         """The numbers of active outputs whose losses every training step averages; () trains all of them at once."""
         return ()
@@ -129,7 +137,10 @@ class CompressorConfig:
         return 1, self.outputs(widths)
 
     def describe(self, widths: Widths) -> dict[str, Any]:
-        """What compressor_config.json says: all that the PyTorch twin computes from. JSON types only."""
+        """What compressor_config.json says: all that the PyTorch twin computes from. JSON types only.
+
+        "extra", tokens before the grid's, is absent where there are none.
+        """
         facts = {
             "schema": SCHEMA,
             "family": self.family,
@@ -144,6 +155,8 @@ class CompressorConfig:
             "needs": list(self.needs),
             "any_num_tokens": False,
         }
+        if widths.extra:
+            facts["extra"] = widths.extra
         return facts | self.semantics(widths)
 
     def semantics(self, widths: Widths) -> dict[str, Any]:
@@ -176,6 +189,7 @@ def check_width(tokens_BNC: jax.Array, widths: Widths) -> None:
 def check_grid(tokens_BNC: jax.Array, widths: Widths) -> None:
     """ValueError unless the tokens fill the grid this compressor was built for."""
     check_width(tokens_BNC, widths)
+    only_grid(widths)
     if tokens_BNC.shape[1] != widths.num_tokens:
         raise ValueError(
             f"tokens_BNC has N={tokens_BNC.shape[1]} tokens, but this compressor was built for N={widths.num_tokens}, "
@@ -184,13 +198,25 @@ def check_grid(tokens_BNC: jax.Array, widths: Widths) -> None:
 
 
 def one_image(widths: Widths) -> tuple[int, int]:
-    """The grid (H, W); ValueError for a video, which a compressor that reads a grid does not know."""
+    """The grid (H, W); ValueError for a video or a class token, which a compressor that reads a grid does not know."""
     if widths.frames != 1:
         raise ValueError(
             f"this compressor reads one image, not {widths.frames} frames; wrap it in per_frame, or use one that reads "
             f"video (resampler, minicpm_resampler)."
         )
+    only_grid(widths)
     return widths.grid_HW
+
+
+def only_grid(widths: Widths) -> None:
+    """ValueError if tokens come before the grid's, which a compressor that reads a grid has no place for."""
+    if widths.extra:
+        height, width = widths.grid_HW
+        raise ValueError(
+            f"this compressor reads a grid, and the tower hands over extra={widths.extra} token before its {height}x{width}: "
+            f"the class token. Build the tower with VitConfig.keep_class=False, or use a compressor that reads any tokens "
+            f"(qformer, resampler, query_merge)."
+        )
 
 
 def visible(tokens_BNC: jax.Array, context: Context) -> jax.Array:

@@ -43,11 +43,11 @@ class Config(CompressorConfig):
         """What each part reads and how wide it writes; ValueError naming the part whose budget does not fit."""
         if len(self.parts) < 2:
             raise ValueError(f"a chain has at least two parts, this one has {len(self.parts)}.")
-        found, grid_HW, frames, levels = [], widths.grid_HW, widths.frames, widths.levels
+        found, reads = [], widths
         for number, part in enumerate(self.parts):
             last = number == len(self.parts) - 1
             llm_D = widths.llm_D if last else widths.vision_C
-            found.append(replace(widths, grid_HW=grid_HW, frames=frames, levels=levels, llm_D=llm_D))
+            found.append(replace(reads, llm_D=llm_D))
             late = sorted({"levels", "prior"} & set(part.needs)) if number else []
             if late:
                 raise ValueError(
@@ -55,7 +55,7 @@ class Config(CompressorConfig):
                 )
             try:
                 part.outputs(found[-1])
-                grid_HW, frames, levels = part.out_grid(found[-1]), 1, 0
+                reads = replace(widths, grid_HW=part.out_grid(found[-1]), frames=1, levels=0, extra=0)
             except ValueError as error:
                 raise ValueError(f"part {number + 1} of the chain, {part.family}: {error}") from error
         return found

@@ -23,6 +23,7 @@ from tcjax.compressors.base import (
     Widths,
     check_grid,
     handed_over,
+    only_grid,
     visible,
 )
 from tcjax.compressors.queries import refuse_queries
@@ -39,6 +40,7 @@ class Config(CompressorConfig):
     depth: int = 2
 
     def outputs(self, widths: Widths) -> int:
+        only_grid(widths)
         if self.num_queries is not None and self.num_queries != widths.num_tokens:
             raise refuse_queries(self.num_queries, widths, "the full number of tokens", [widths.num_tokens])
         return widths.num_tokens

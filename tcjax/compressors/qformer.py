@@ -11,7 +11,8 @@ Every norm comes after its residual sum, every linear layer has a bias. The imag
 Source: Li et al. 2023, "BLIP-2"; with text Dai et al. 2023, "InstructBLIP". Sizes, eps 1e-12, N(0, 0.02) for queries,
 positions and kernels, and the names of transformers' Blip2 and InstructBlip classes, whose own random start has queries
 of zeros. The last layer's feed-forward for text reaches no output; it stays because published files hold it.
-Departures: no dropout (published 0.1). BLIP-2's 257 image tokens include the class token, our towers hand over none.
+Departures: no dropout (published 0.1). BLIP-2's 257 image tokens include the class token; here `class_token` says whether
+the tower hands it over, and no weight knows.
 The published start is BERT's weights, which an import brings. The text is embedded outside: InstructBLIP has BERT's word
 embeddings, we take the LLM's, mapped by `text_proj` where their width is another; it is absent where they are equal. A
 row without text (all masked) is InstructBLIP without it. Queries that are not active (an elastic training's) are masked
@@ -24,6 +25,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -59,6 +61,7 @@ class Config(PrefixConfig):
     """BLIP-2's sizes. depth: layers. width: E of the queries. heads: K, of E / K each. feed_forward: F.
 
     cross_every: the first of so many layers reads the image; it divides depth.
+    class_token: reads the tower's class token too, as BLIP-2 does.
     text: conditioned on the instruction. max_text: rows of position embeddings, the longest instruction.
     """
 
@@ -68,6 +71,7 @@ class Config(PrefixConfig):
     heads: int = 12
     feed_forward: int = 3072
     cross_every: int = 2
+    class_token: bool = False
     text: bool = False
     max_text: int = 512
 
@@ -77,6 +81,9 @@ class Config(PrefixConfig):
 
     def build(self, widths: Widths, rngs: nnx.Rngs) -> QFormer:
         return QFormer(self, widths, rngs=rngs)
+
+    def of_tower(self) -> dict[str, Any]:
+        return {"keep_class": True} if self.class_token else {}
 
     def maps_text(self, widths: Widths) -> bool:
         """Whether the text arrives in another width and `text_proj` maps it."""

@@ -95,7 +95,8 @@ def head_flops(llm: LlmConfig, positions: int) -> int:
 
 def tower_flops(tower: VitConfig) -> Flops:
     """The blocks that are run, and the patch embedding. All 24 blocks of CLIP-L/336 at 577 tokens: 2 * 190.6e9."""
-    N, C, L = tower.num_tokens, tower.width, tower.num_blocks
+    (H, W), C, L = tower.grid_HW, tower.width, tower.num_blocks
+    N = H * W
     S = N + tower.class_token
     embedding = 2 * N * 3 * tower.patch**2 * C
     blocks = 2 * L * S * (4 * C**2 + 2 * C * tower.feed_forward)

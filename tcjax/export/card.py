@@ -38,12 +38,14 @@ def card(facts: dict, manifest: dict, certificate: dict, study_rows: Sequence[di
         manifest: without the hashes of the files.
         study_rows: one dict per run, the columns in the order in which they should be read; None says so.
     """
-    N = facts["grid"][0] * facts["grid"][1]
+    (H, W), extra = facts["grid"], facts.get("extra", 0)
+    N = extra + H * W
+    grid = f"the class token and a {H} x {W} grid" if extra else f"a {H} x {W} grid without class token"
     Q, C, D = facts["num_queries"], facts["vision_width"], facts["llm_width"]
     tokens_in = f"[batch, {'any number of tokens' if facts['any_num_tokens'] else N}, {C}]"
     about = [
         {"": "family", " ": facts["family"]},
-        {"": "tokens in", " ": f"{N}, a {facts['grid'][0]} x {facts['grid'][1]} grid without class token, row by row"},
+        {"": "tokens in", " ": f"{N}, {grid}, row by row"},
         {"": "tokens out", " ": str(Q)},
         {"": "widths", " ": f"{C} (vision tower) -> {D} (LLM)"},
         {"": "parameters", " ": f"{manifest['parameters']:,}"},

@@ -61,7 +61,8 @@ def golden(compressor: Any, arrays: names.Arrays, facts: dict) -> names.Arrays:
 def probes(facts: dict) -> dict[str, dict[str, np.ndarray]]:
     """Inputs by case, under the names of the twin's arguments. A pure function of the description."""
     random = np.random.RandomState(_SEED)
-    N, C = facts["frames"] * facts["grid"][0] * facts["grid"][1], facts["vision_width"]
+    each = facts.get("extra", 0) + facts["grid"][0] * facts["grid"][1]
+    N, C = facts["frames"] * each, facts["vision_width"]
 
     def noise(*shape: int) -> np.ndarray:
         return random.standard_normal(shape).astype(np.float32)

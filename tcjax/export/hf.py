@@ -4,6 +4,8 @@
     pixel_shuffle linear   Idefics3ForConditionalGeneration     SigLIP read behind its last norm
     idefics2_resampler     Idefics2ForConditionalGeneration     the same; projection as wide as the LLM's feed-forward
     pixel_shuffle mlp      InternVLForConditionalGeneration     InternViT, the only tower this class has
+    qformer                Blip2ForConditionalGeneration        EVA-ViT with its class token, behind its last norm
+    qformer with text      InstructBlipForConditionalGeneration the same
 
 Layouts are the ones files on the hub have (transformers, servers and converters all read them); the outer
 `tie_word_embeddings` is always written, several classes default to a tied head whatever the LLM says; no computed buffer
@@ -12,12 +14,15 @@ is. Everything is loaded and compared before the folder is published (tcjax.expo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from tcjax.config import Run
-from tcjax.export import hf_folder, hosts, origin
+from tcjax.export import hf_folder, hosts, origin, stock
+from tcjax.export.blip2 import BLIP2, INSTRUCTBLIP
+from tcjax.export.stock import Host
 from tcjax.interop import names
 from tcjax.towers.vit import VitConfig
 from tcjax.vlm import Vlm, VlmConfig
@@ -27,26 +32,6 @@ KIND = "Hugging Face directory"
 # n, even for whole square images. Measured for n < 80 (tests/test_hf.py).
 MISCOUNTED = (19, 25, 29, 31, 38, 40, 41, 43, 47, 49, 50, 54, 55, 58, 59, 61, 62, 67, 68, 71, 72, 73, 74, 76, 77)
 COUNTED = 80
-
-
-class Host(NamedTuple):
-    """A stock class. why_not(facts, config): "" if it computes this compressor in this model. config: outer fields.
-
-    key: published name of a compressor's tensor -> its name in the class. tower, llm: prefixes for vision_model.* and
-    for model.* ("lm_head.weight" goes to `head`).
-    """
-
-    name: str
-    model_type: str
-    after_norm: bool
-    why_not: Callable[[dict, VlmConfig], str]
-    config: Callable[[dict, VitConfig], dict[str, Any]]
-    key: Callable[[str], str]
-    tower: str
-    llm: str
-    head: str
-    image_token: str = "image_token_id"
-    towers: tuple[str, ...] = ("CLIP", "SigLIP")
 
 
 def why_not(run: Run) -> str:
@@ -75,29 +60,27 @@ def export(run: Run, model: Vlm, identity: dict[str, Any], *, out: Path, root: P
     assert host is not None
     chat = hf_folder.chat_of(run, root)
     ids = hf_folder.token_ids(chat)
-    vision = hosts.tower_config(tower)
-    if host.model_type.startswith("idefics"):
-        vision = {key: value for key, value in vision.items() if key != "vision_use_head"}
-        vision["model_type"] = f"{host.model_type}_vision"
     weights = {host.key(key): tensor for key, tensor in compressor_tensors(model, config).items()}
-    weights |= {host.tower + key: tensor for key, tensor in _tower(model, tower, host, root).items()}
+    of_tower = host.tower_tensors(hosts.tower_tensors(model.tower, tower, root), tower)
+    weights |= {host.tower + key: tensor for key, tensor in of_tower.items()}
     for key, tensor in hosts.llm_tensors(model.llm, config.llm).items():
         weights[host.head if key == "lm_head.weight" else host.llm + key.removeprefix("model.")] = tensor
+    weights = host.derived(weights)
     outer = {
         "architectures": [host.name],
         "model_type": host.model_type,
-        "vision_config": vision,
+        "vision_config": host.vision(tower),
         "text_config": hosts.llm_config(config.llm, ids),
         host.image_token: chat.image_id,
         "tie_word_embeddings": config.llm.tie,
         "dtype": "float32",
-        **host.config(facts, tower),
+        **host.config(facts, config),
         **ids,
     }
-    about = f"A vision-language model trained with tcjax, in the stock class {host.name}."
-    if host.model_type.startswith("idefics"):
-        about += " It wants an axis of images: `inputs['pixel_values'] = inputs['pixel_values'][:, None]`."
-    return hf_folder.write(KIND, outer, weights, run, model, identity, out=out, root=root, about=about)
+    about = f"A vision-language model trained with tcjax, in the stock class {host.name}. {host.about}".strip()
+    return hf_folder.write(
+        KIND, outer, weights, run, model, identity, out=out, root=root, about=about, prepare=host.prepare
+    )
 
 
 def compressor_tensors(model: Vlm, config: VlmConfig) -> names.Arrays:
@@ -105,24 +88,27 @@ def compressor_tensors(model: Vlm, config: VlmConfig) -> names.Arrays:
     return hosts.compressor_tensors(model.compressor, config.compressor, config.widths)
 
 
-def _tower(model: Vlm, tower: VitConfig, host: Host, root: Path) -> names.Arrays:
-    found = hosts.tower_tensors(model.tower, tower, root)
-    return hosts.internvit_tensors(found, tower) if host is INTERNVL else found
-
-
 def _host(facts: dict) -> Host | None:
-    kind = facts["family"], facts.get("head")
+    kind = facts["family"], facts.get("head", facts.get("text"))
     return {
         ("mlp", None): LLAVA,
         ("pixel_shuffle", "linear"): IDEFICS3,
         ("pixel_shuffle", "mlp"): INTERNVL,
         ("idefics2_resampler", None): IDEFICS2,
+        ("qformer", False): BLIP2,
+        ("qformer", True): INSTRUCTBLIP,
     }.get(kind)
 
 
 def _strategy(tower: VitConfig) -> dict[str, Any]:
-    strategy = "default" if tower.class_token else "full"
+    strategy = hosts.select_strategy(tower)
     return {"vision_feature_layer": tower.feature_layer, "vision_feature_select_strategy": strategy}
+
+
+def _siglip_of(model_type: str, tower: VitConfig) -> dict[str, Any]:
+    """`vision_config` of a class that has its own copy of SigLIP."""
+    fields = {key: value for key, value in hosts.tower_config(tower).items() if key != "vision_use_head"}
+    return fields | {"model_type": model_type}
 
 
 def _llava_why_not(facts: dict, config: VlmConfig) -> str:
@@ -131,8 +117,8 @@ def _llava_why_not(facts: dict, config: VlmConfig) -> str:
 
 def _idefics3_why_not(facts: dict, config: VlmConfig) -> str:
     """Idefics2 and 3 build a SigLIP of their own and read it behind its last norm."""
-    if not config.seen.norms_last:
-        return "it reads its tower behind the last norm (feature_layer=-1)"
+    if reason := hosts.why_not_behind_norm(config.seen):
+        return reason
     side = config.seen.full_HW[0]
     if side in MISCOUNTED or side >= COUNTED:
         return f"transformers rounds positions of a {side} x {side} grid in this class to those of their neighbours"
@@ -145,9 +131,7 @@ def _idefics2_why_not(facts: dict, config: VlmConfig) -> str:
         return f"its projection is as wide as the LLM's feed-forward, {F}, this one {facts['projection']}"
     if facts["feed_forward"] != 4 * D:
         return f"its latents' feed-forward is 4 times as wide as they are, {4 * D}, this one {facts['feed_forward']}"
-    if facts["num_queries"] != facts["max_queries"]:
-        return f"it uses all of its {facts['max_queries']} latents, this run {facts['num_queries']} of them"
-    return _idefics3_why_not(facts, config)
+    return stock.why_not_all_queries(facts, "latents") or _idefics3_why_not(facts, config)
 
 
 def _internvl_why_not(facts: dict, config: VlmConfig) -> str:
@@ -164,16 +148,17 @@ def _internvl_key(key: str) -> str:
     return f"multi_modal_projector.{layer[number]}.{kind}"
 
 
+_AN_AXIS_OF_IMAGES = 'inputs["pixel_values"] = inputs["pixel_values"][:, None]  # this class has an axis of images'
 LLAVA = Host(
     name="LlavaForConditionalGeneration",
     model_type="llava",
     after_norm=False,
     why_not=_llava_why_not,
-    config=lambda facts, tower: {
+    config=lambda facts, config: {
         "image_seq_length": facts["num_queries"],
         "projector_hidden_act": facts["activation"],
         "multimodal_projector_bias": True,
-        **_strategy(tower),
+        **_strategy(config.seen),
     },
     key=lambda key: f"multi_modal_projector.linear_{1 + int(key[0]) // 2}{key[1:]}",
     tower="vision_tower.",
@@ -186,19 +171,21 @@ IDEFICS3 = Host(
     model_type="idefics3",
     after_norm=True,
     why_not=_idefics3_why_not,
-    config=lambda facts, tower: {"scale_factor": facts["factor"]},
+    config=lambda facts, config: {"scale_factor": facts["factor"]},
     key=lambda key: f"model.connector.{key}",
     tower="model.",
     llm="model.text_model.",
     head="lm_head.weight",
     towers=("SigLIP",),
+    vision=partial(_siglip_of, "idefics3_vision"),
+    prepare=_AN_AXIS_OF_IMAGES,
 )
 IDEFICS2 = Host(
     name="Idefics2ForConditionalGeneration",
     model_type="idefics2",
     after_norm=True,
     why_not=_idefics2_why_not,
-    config=lambda facts, tower: {
+    config=lambda facts, config: {
         "perceiver_config": {
             "hidden_size": facts["llm_width"],
             "hidden_act": facts["activation"],
@@ -215,21 +202,24 @@ IDEFICS2 = Host(
     llm="model.text_model.",
     head="lm_head.weight",
     towers=("SigLIP",),
+    vision=partial(_siglip_of, "idefics2_vision"),
+    prepare=_AN_AXIS_OF_IMAGES,
 )
 INTERNVL = Host(
     name="InternVLForConditionalGeneration",
     model_type="internvl",
     after_norm=True,
     why_not=_internvl_why_not,
-    config=lambda facts, tower: {
+    config=lambda facts, config: {
         "image_seq_length": facts["num_queries"],
         "downsample_ratio": 1 / facts["factor"],
         "projector_hidden_act": facts["activation"],
-        **_strategy(tower),
+        **_strategy(config.seen),
     },
     key=_internvl_key,
     tower="vision_tower.",
     llm="language_model.model.",
     head="language_model.lm_head.weight",
     towers=("InternViT",),
+    tower_tensors=hosts.internvit_tensors,
 )

@@ -1,6 +1,7 @@
 """A Hugging Face directory: config.json, model.safetensors, tokenizer, processor, and the proof that it computes our model.
 
-    golden.safetensors   two images, a prompt, the logits of all its positions and the greedy answer, from JAX in float32
+    golden.safetensors   two images, a prompt and its question, the logits of all positions and the greedy answer, from JAX in
+                         float32
     verify.py            loads the directory with transformers (no tensor missing, unexpected or misshapen), compares logits
                          to 1e-5 of the largest, the greedy answer, and the prompt and pixels that the processor makes
 
@@ -64,11 +65,13 @@ def write(
     root: Path,
     code: Mapping[str, str] | None = None,
     about: str,
+    prepare: str = "",
 ) -> Path:
     """The whole directory, verified.
 
     Args:
-        config: config.json. weights: model.safetensors. code: further files by name (remote code). about: for the card.
+        config: config.json. weights: model.safetensors. code: further files by name (remote code).
+        about, prepare: for the card, and a line of code between processor and generate in it.
 
     Raises:
         ValueError: transformers does not compute what was trained from these files; nothing is published.
@@ -87,14 +90,14 @@ def write(
         (building / "verify.py").write_text((TEMPLATES / "verify.py").read_text())
         provenance = origin.provenance(run, identity, root)
         parity = certify(building)
-        (building / "README.md").write_text(_card(run, model_config, parity, about, remote=bool(code)))
+        (building / "README.md").write_text(_card(run, model_config, parity, about, prepare, remote=bool(code)))
         facts = {"compressor": origin.facts(run), "parity": parity, "provenance": provenance, "versions": versions()}
         seal(building, kind, facts)
     return out
 
 
 def golden(model: Vlm, config: VlmConfig, chat: Chat) -> names.Arrays:
-    """What JAX answers in float32: image (uint8), pixel_values, input_ids, logits, generated."""
+    """What JAX answers in float32: image (uint8), pixel_values, input_ids, logits, generated; prompt and question (UTF-8)."""
     rng = np.random.RandomState(0)
     Y, X = config.tower.pixels.size_YX
     image_BYX3 = rng.randint(0, 256, (2, Y, X, 3)).astype(np.uint8)
@@ -102,12 +105,13 @@ def golden(model: Vlm, config: VlmConfig, chat: Chat) -> names.Arrays:
     question = _words(chat, 3)
     ids = chat.render_question(question, num_queries=config.num_queries)
     tokens_BS = np.tile(np.array(ids, np.int32), (2, 1))
+    question_BT = np.tile(np.array(chat.instruction(question), np.int32), (2, 1))
     batch = Batch(
         tokens_BS=tokens_BS,
         is_image_BS=tokens_BS == chat.image_id,
         valid_BS=np.ones(tokens_BS.shape, bool),
         images_BYX3=images_BYX3,
-        instruction_BT=np.tile(np.array(chat.instruction(question), np.int32), (2, 1)),
+        instruction_BT=question_BT,
     )
     with jax.default_device(reference_device()), jax.default_matmul_precision("highest"):
         graphdef, state = nnx.split(model)
@@ -128,6 +132,8 @@ def golden(model: Vlm, config: VlmConfig, chat: Chat) -> names.Arrays:
         "logits": np.asarray(logits_BSV, np.float32),
         "generated": np.asarray(generated_BT, np.int64),
         "prompt": np.frombuffer(prompt.encode(), np.uint8),
+        "question": np.frombuffer(question.encode(), np.uint8),
+        "question_ids": question_BT.astype(np.int64),
     }
 
 
@@ -229,10 +235,10 @@ def _words(chat: Chat, number: int) -> str:
     return " ".join(found)
 
 
-def _card(run: Run, config: VlmConfig, parity: dict, about: str, *, remote: bool) -> str:
+def _card(run: Run, config: VlmConfig, parity: dict, about: str, prepare: str, *, remote: bool) -> str:
     flag = ", trust_remote_code=True" if remote else ""
     measured = f"logits differ from JAX by {parity['relative']:.1e} of the largest" if parity["ran"] else parity["note"]
-    facts = origin.facts(run)
+    facts, prepare = origin.facts(run), f"{prepare}\n" if prepare else ""
     return f"""# {facts["family"]}: {config.widths.num_tokens} visual tokens become {config.num_queries}
 
 {about}
@@ -245,7 +251,7 @@ processor = AutoProcessor.from_pretrained("."{flag})
 messages = [{{"role": "user", "content": [{{"type": "image"}}, {{"type": "text", "text": question}}]}}]
 prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
 inputs = processor(images=image, text=prompt, return_tensors="pt")
-answer = model.generate(**inputs, max_new_tokens=32)
+{prepare}answer = model.generate(**inputs, max_new_tokens=32)
 ```
 
 Every image becomes {config.num_queries} placeholders. `python verify.py` checks hashes, names, logits, the greedy answer

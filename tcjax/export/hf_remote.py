@@ -77,7 +77,7 @@ def export(run: Run, model: Vlm, identity: dict[str, Any], *, out: Path, root: P
         "image_token_index": chat.image_id,
         "image_seq_length": facts["num_queries"],
         "vision_feature_layer": tower.feature_layer,
-        "vision_feature_select_strategy": "default" if tower.class_token else "full",
+        "vision_feature_select_strategy": hosts.select_strategy(tower),
         "tie_word_embeddings": config.llm.tie,
         "dtype": "float32",
         **ids,

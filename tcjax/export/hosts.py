@@ -3,6 +3,7 @@
     clip_vision_model     class token, norm before the first block, no patch bias
     siglip_vision_model   patch bias, norm after the last block
     internvl_vision       class token, patch bias (InternViT; its layer scales are 1 here)
+    blip_2_vision_model   the same, one matrix for q, k, v (EVA's ViT; tcjax.export.blip2)
     llama                 no biases            qwen2   biases on q, k, v            qwen3   q and k normed per head
 
 Config fields are those of the published checkpoints (the old rope fields too: every version of transformers reads them).
@@ -37,32 +38,42 @@ def why_no_tower(tower: VitConfig, *, after_norm: bool, classes: Collection[str]
             InternVL do; Llava reads it before.
         classes: of towers that the host can have.
     """
-    kind = tower_class(tower)
+    kinds = tower_classes(tower)
     if tower.shrunk_HW is not None:
         return "the image is resized inside the tower, which no published tower does"
     if len(set(tower.full_HW)) > 1 or len(set(tower.pixels.size_YX)) > 1:
         return f"published towers read square images, this one {tower.pixels.size_YX[0]} x {tower.pixels.size_YX[1]}"
-    if kind not in classes:
-        return f"the tower is {kind or 'no published one'}, and the host has {' or '.join(classes)}"
+    if set(kinds).isdisjoint(classes):
+        return f"the tower is {' or '.join(kinds) or 'no published one'}, and the host has {' or '.join(classes)}"
     if tower.feature_layer != -1:
         return ""
-    if kind == "CLIP" and tower.post_norm:
+    if "CLIP" in kinds and tower.post_norm:
         return "CLIP's patches do not go through its last norm, this tower's do"
-    if kind == "SigLIP" and after_norm and not tower.post_norm:
+    if "SigLIP" in kinds and after_norm and not tower.post_norm:
         return "the host reads SigLIP behind its last norm, this tower has none"
-    if kind == "SigLIP" and not after_norm and tower.post_norm:
+    if "SigLIP" in kinds and not after_norm and tower.post_norm:
         return "the host reads SigLIP before its last norm, this tower is read behind it (feature_layer=-1)"
     return ""
 
 
-def tower_class(tower: VitConfig) -> str:
-    """CLIP, SigLIP, InternViT or ""."""
+def why_not_behind_norm(tower: VitConfig) -> str:
+    """Why a host that always reads its tower behind the last norm does not fit; "" if it does."""
+    return "" if tower.norms_last else "it reads its tower behind the last norm (feature_layer=-1)"
+
+
+def tower_classes(tower: VitConfig) -> tuple[str, ...]:
+    """The published architectures that this tower is."""
     kind = tower.class_token, tower.pre_norm, tower.patch_bias
     return {
-        (True, True, False): "CLIP",
-        (False, False, True): "SigLIP",
-        (True, False, True): "InternViT",
-    }.get(kind, "")
+        (True, True, False): ("CLIP",),
+        (False, False, True): ("SigLIP",),
+        (True, False, True): ("InternViT", "EVA-ViT"),
+    }.get(kind, ())
+
+
+def select_strategy(tower: VitConfig) -> str:
+    """Llava's `vision_feature_select_strategy`: "default" drops the first token."""
+    return "default" if tower.class_token and not tower.keep_class else "full"
 
 
 def why_no_llm(llm: LlmConfig) -> str:
@@ -73,10 +84,19 @@ def why_no_llm(llm: LlmConfig) -> str:
 
 
 def tower_config(tower: VitConfig) -> dict[str, Any]:
-    """`vision_config` of the published class."""
-    kind = tower_class(tower)
+    """`vision_config` of CLIP, SigLIP or InternViT."""
+    kind = tower_classes(tower)[0]
     return {
         "model_type": {"CLIP": "clip_vision_model", "SigLIP": "siglip_vision_model"}.get(kind, "internvl_vision"),
+        **tower_sizes(tower),
+        **({"vision_use_head": False} if kind == "SigLIP" else {}),
+        **({"attention_bias": True, "use_mean_pooling": not tower.post_norm} if kind == "InternViT" else {}),
+    }
+
+
+def tower_sizes(tower: VitConfig) -> dict[str, Any]:
+    """The fields that the `vision_config` of every class has."""
+    return {
         "image_size": tower.pixels.size_YX[0],
         "patch_size": tower.patch,
         "num_channels": 3,
@@ -86,8 +106,6 @@ def tower_config(tower: VitConfig) -> dict[str, Any]:
         "num_attention_heads": tower.heads,
         "hidden_act": tower.activation,
         "layer_norm_eps": tower.norm_eps,
-        **({"vision_use_head": False} if kind == "SigLIP" else {}),
-        **({"attention_bias": True, "use_mean_pooling": not tower.post_norm} if kind == "InternViT" else {}),
         "dtype": "float32",
     }
 

@@ -122,6 +122,7 @@ def of_qformer(shapes: Shapes, config: dict) -> Found:
         heads=block.get("num_attention_heads", max(E // 64, 1)),
         feed_forward=shape(shapes, "qformer.encoder.layer.0.intermediate_query.dense.weight", 2)[0],
         cross_every=-(-depth // max(crossing, 1)),
+        class_token=True,  # of everything published
         text=positions is not None,
         **({} if positions is None else {"max_text": positions[0]}),
     )

@@ -47,7 +47,7 @@ def provenance(run: Run, identity: dict[str, Any], root: Path) -> dict[str, Any]
         "feature_layer": config.seen.feature_layer,
         "levels": list(config.seen.levels),
         "image_resized_to_grid": config.seen.shrunk_HW,
-        "class_token": "dropped" if config.seen.class_token else "none",
+        "class_token": "kept" if config.seen.keep_class else "dropped" if config.seen.class_token else "none",
         "pixels": to_dict(config.seen.pixels),
         "train": to_dict(run.train),
         "data": to_dict(run.data),

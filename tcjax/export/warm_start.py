@@ -67,6 +67,7 @@ def import_artifact(
     D = found.llm_D or llm_D
     widths = Widths(grid_HW=grid_HW, vision_C=found.vision_C, llm_D=D, text_D=D)
     config = found.config(widths.num_tokens)
+    widths = config.asked(widths)
     module = config.build(widths, nnx.Rngs(seed))
     table, shapes = config.names(widths), names.shapes(module)
     start = names.to_torch(names.flatten(module), table)

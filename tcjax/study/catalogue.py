@@ -58,12 +58,13 @@ def catalogue_line(name: str, make: Callable[[int], Any], widths: Widths) -> dic
     possible = []
     for num in range(1, widths.num_tokens + 1):
         try:
-            make(num).outputs(_seen(make(num), widths))
+            make(num).outputs(make(num).asked(widths))
         except ValueError:
             continue
         possible.append(num)
     usual = 64 if 64 in possible else (possible[-1] if possible else 0)
-    config, seen = make(usual or 1), _seen(make(usual or 1), widths)
+    config = make(usual or 1)
+    seen = config.asked(widths)
     line = {
         "name": name,
         "queries": _in_words(possible) if possible else "none on this grid",
@@ -126,16 +127,13 @@ def _targets(config: CompressorConfig, widths: Widths) -> list[str]:
         tie=False,
     )
     runs = []
+    wants_class = config.of_tower().get("keep_class", False)
     for tower in (clip, siglip, internvit):
+        if wants_class and not tower.class_token:
+            continue
         model = VlmConfig(tower=tower, compressor=config, llm=llm)
         runs.append(Run(name="any", model=model, data=DataConfig(sources=(), tokenizer=""), train=TrainConfig(steps=1)))
     return [name for name, target in TARGETS.items() if any(not target.why_not(run) for run in runs)]
-
-
-def _seen(config: CompressorConfig, widths: Widths) -> Widths:
-    """The widths with what the compressor asks of the tower."""
-    asked = config.of_tower()
-    return replace(widths, grid_HW=asked.get("shrunk_HW", widths.grid_HW), levels=len(asked.get("levels", ())))
 
 
 def _in_words(possible: list[int]) -> str:

@@ -24,7 +24,10 @@ _WIDTH, _GAP, _LABEL = 9.2, 0.06, 0.17  # inches
 
 
 class Looks(NamedTuple):
-    """images_BYX3: uint8. assign_BQN: float32. grid_HW: the tower's grid. questions: what was asked, one per image."""
+    """images_BYX3: uint8. assign_BQN: float32, of the grid's tokens alone. grid_HW: the tower's grid.
+
+    questions: what was asked, one per image.
+    """
 
     images_BYX3: np.ndarray
     assign_BQN: np.ndarray

@@ -28,6 +28,13 @@ class PatchLabelsConfig:
     tower: VitConfig
     kinds: tuple[int, ...]
 
+    def __post_init__(self):
+        if self.tower.keep_class:
+            raise ValueError(
+                "tower.keep_class=True, but labels belong to patches; train the tower with keep_class=False, its weights "
+                "are the same."
+            )
+
     @property
     def num_queries(self) -> int:
         """No LLM reads these tokens."""

@@ -2,9 +2,10 @@
 
     x = patches W + b (+ class token) + position;   per block:  x += attention(norm(x));  x += mlp(norm(x))
 
-One file is CLIP, SigLIP and any small tower by config. Sources: Radford et al. 2021 (CLIP), Zhai et al. 2023 (SigLIP),
-checked against `transformers` (CLIPVisionModel, SiglipVisionModel) in tests/test_vit.py. Departures: a patch is a row
-of a matrix instead of a convolution (the same sums), the class token is dropped at the end, and a block or norm that
+One file is CLIP, SigLIP, BLIP-2's EVA tower and any small one by config. Sources: Radford et al. 2021 (CLIP), Zhai et
+al. 2023 (SigLIP), checked against `transformers` (CLIPVisionModel, SiglipVisionModel, Blip2VisionModel) in
+tests/test_vit.py and test_vit_asked.py. Departures: a patch is a row of a matrix instead of a convolution (the same sums),
+the class token is dropped at the end unless `keep_class` puts it before the patches, and a block or norm that
 `feature_layer` does not need is not built. Cost per image and layer: 8 N C^2 + 4 N C F + 4 N^2 C FLOPs.
 """
 
@@ -35,6 +36,7 @@ class VitConfig:
     patch on the right and at the bottom are left out (SigLIP's 384 = 27 * 14 + 6).
     pre_norm: a norm before the first block (CLIP). post_norm: a norm after the last one (SigLIP).
     feature_layer: -1 reads after the last block and the post norm; -2 before the last block (LLaVA), and so on.
+    keep_class: the class token is handed over too, before the patches.
     levels: earlier layers handed over too, as hidden states are counted: 0 before the first block, 12 after the 12th.
     shrunk_HW: token grid to which the image is resized first (bilinear, antialiased) with the position table (bicubic).
     weights: path of published safetensors ("": from the seed); loaded by whoever builds the run.
@@ -53,6 +55,7 @@ class VitConfig:
     pre_norm: bool
     post_norm: bool
     feature_layer: int = -1
+    keep_class: bool = False
     levels: tuple[int, ...] = ()
     shrunk_HW: tuple[int, int] | None = None
     weights: str = ""
@@ -68,6 +71,11 @@ class VitConfig:
             raise ValueError(f"activation={self.activation!r} is unknown; possible: {sorted(ACTIVATIONS)}.")
         if not -self.layers <= self.feature_layer <= -1:
             raise ValueError(f"feature_layer={self.feature_layer} must count from the end: {-self.layers} ... -1.")
+        if self.keep_class and not self.class_token:
+            raise ValueError(
+                "keep_class=True, but this tower has no class token (class_token=False); choose a tower that has one, or a "
+                "compressor that does without (qformer.Config(class_token=False))."
+            )
         if any(not 0 <= level <= self.layers for level in self.levels):
             raise ValueError(f"levels={self.levels} must be hidden states of this tower: 0 ... {self.layers}.")
         if self.shrunk_HW is not None and not all(
@@ -88,8 +96,8 @@ class VitConfig:
 
     @property
     def num_tokens(self) -> int:
-        """N. CLIP-L/336: 24 * 24 = 576; the class token does not count."""
-        return self.grid_HW[0] * self.grid_HW[1]
+        """N, all that is handed over. CLIP-L/336: 24 * 24 = 576; with `keep_class` 577."""
+        return self.grid_HW[0] * self.grid_HW[1] + self.keep_class
 
     @property
     def num_blocks(self) -> int:
@@ -127,7 +135,7 @@ class Vit(nnx.Module):
             self.post_norm = LayerNorm("C", cfg.width, eps=cfg.norm_eps)
 
     def __call__(self, images_BYX3: jax.Array) -> jax.Array:
-        """Tokens of normalised images, [B, N, C] in row-major grid order.
+        """Tokens of normalised images, [B, N, C]: the class token if it is kept, then the grid in row-major order.
 
         With `levels`, [B, N, (1 + levels) * C]: the tokens first, then the earlier layers side by side.
         """
@@ -144,12 +152,12 @@ class Vit(nnx.Module):
         tokens_BSC = tokens_BSC + self._positions()
         if cfg.pre_norm:
             tokens_BSC = self.pre_norm(tokens_BSC)
-        if cfg.levels:
-            return self._with_levels(tokens_BSC)[:, int(cfg.class_token) :]
+        tokens_BSC = self._with_levels(tokens_BSC) if cfg.levels else self._last(tokens_BSC)
+        return tokens_BSC if cfg.keep_class else tokens_BSC[:, int(cfg.class_token) :]
+
+    def _last(self, tokens_BSC: jax.Array) -> jax.Array:
         tokens_BSC, _ = layers.run(self.blocks, lambda block, x_BSC, _: (block(x_BSC), None), tokens_BSC)
-        if cfg.norms_last:
-            tokens_BSC = self.post_norm(tokens_BSC)
-        return tokens_BSC[:, int(cfg.class_token) :]
+        return self.post_norm(tokens_BSC) if self.cfg.norms_last else tokens_BSC
 
     def _with_levels(self, tokens_BSC: jax.Array) -> jax.Array:
         def step(block: Block, x_BSC: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:

@@ -7,7 +7,7 @@ Needs torch, transformers and safetensors; executes the directory's own code (tr
     load        no tensor missing, unexpected or misshapen; no buffer that is not finite
     logits      all positions of two prompts, within 1e-5 of the largest logit
     generate    the greedy answer, token by token
-    processor   the prompt's ids (exactly Q placeholders per image) and the pixels
+    processor   the prompt's ids (exactly Q placeholders per image), the question's own, and the pixels
 """
 
 import argparse
@@ -61,6 +61,8 @@ def check(folder: Path, *, hashes: bool = True) -> dict:
 
 def inputs_of(golden: dict[str, torch.Tensor], config: dict) -> dict[str, torch.Tensor]:
     pixels = golden["pixel_values"]
+    if config["model_type"] == "instructblip":
+        return {"pixel_values": pixels, "qformer_input_ids": golden["question_ids"]}
     return {"pixel_values": pixels[:, None] if config["model_type"].startswith("idefics") else pixels}
 
 
@@ -109,6 +111,9 @@ def same_inputs(folder: Path, golden: dict[str, torch.Tensor], remote: bool) -> 
     problems = []
     if not torch.equal(found["input_ids"], golden["input_ids"]):
         problems.append(f"processor: ids {found['input_ids'][0].tolist()}, expected {golden['input_ids'][0].tolist()}")
+    question = processor.tokenizer(bytes(golden["question"].tolist()).decode(), add_special_tokens=False)["input_ids"]
+    if question != golden["question_ids"][0].tolist():
+        problems.append(f"processor: the question's ids {question}, expected {golden['question_ids'][0].tolist()}")
     pixels = found["pixel_values"].reshape(golden["pixel_values"].shape)
     if not np.allclose(pixels.numpy(), golden["pixel_values"].numpy(), atol=1e-5):
         problems.append("processor: other pixels than in training")
