@@ -4,9 +4,10 @@
     python -m benchmarks.compressors --only resampler,qformer       some of them
     python -m benchmarks.compressors --batch 64 --dtype bfloat16    what a GPU is asked
 
-Same machine, same process, same weights, same inputs; the runs of JAX, torch eager and torch.compile take turns and the
-median of each is kept. The backward pass is by the parameters, as in training. `ratio` is the better torch time over
-ours: above 1 we are faster. Prints a table and writes JSON with commit, hardware and versions.
+Same machine, same process, same weights, same inputs. JAX, torch eager and torch.compile take turns; a turn is a few
+runs in a row, as steps of a training are, after one that does not count, which takes the memory the others gave back. The
+median of each is kept. The backward pass is by the parameters, as in training. `ratio` is the better torch time over ours:
+above 1 we are faster. Prints a table and writes JSON with commit, hardware and versions.
 """
 
 from __future__ import annotations
@@ -54,19 +55,21 @@ def configured(make: Callable[[int], CompressorConfig]) -> tuple[CompressorConfi
     return None
 
 
-def measure(passes: dict[str, Callable[[], None]], *, repeats: int, seconds: float) -> dict[str, float]:
-    """Median seconds of each, taking turns; at most about `seconds` for all of them."""
+def measure(passes: dict[str, Callable[[], None]], *, turns: int, seconds: float) -> dict[str, float]:
+    """Median seconds of each: `turns` of three runs, fewer if all of them take longer than about `seconds`."""
     for run in passes.values():
         run()  # compiles
     taken: dict[str, list[float]] = {name: [] for name in passes}
     begun = time.perf_counter()
-    for turn in range(repeats):
-        if turn >= 3 and time.perf_counter() - begun > seconds:
+    for turn in range(turns):
+        if turn and time.perf_counter() - begun > seconds:
             break
         for name, run in passes.items():
-            start = time.perf_counter()
             run()
-            taken[name].append(time.perf_counter() - start)
+            for _ in range(3):
+                start = time.perf_counter()
+                run()
+                taken[name].append(time.perf_counter() - start)
     return {name: median(times) for name, times in taken.items()}
 
 
@@ -146,7 +149,7 @@ def one(config: CompressorConfig, widths: Widths, arguments: argparse.Namespace)
         }
         if compiled is not None:
             passes["torch.compile"] = make(compiled)
-        seconds = measure(passes, repeats=arguments.repeats, seconds=arguments.seconds)
+        seconds = measure(passes, turns=arguments.turns, seconds=arguments.seconds)
         best = min(time for name, time in seconds.items() if name != "jax")
         row[kind] = {name: round(1e3 * time, 3) for name, time in seconds.items()}
         row[kind]["ratio"] = round(best / seconds["jax"], 3)
@@ -176,8 +179,8 @@ def main() -> None:
     parser.add_argument("--only", default="", help="names of the catalogue, separated by commas")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--seconds", type=float, default=20, help="per compressor and pass, after three turns")
+    parser.add_argument("--turns", type=int, default=3, help="of each framework, three runs each")
+    parser.add_argument("--seconds", type=float, default=20, help="per compressor and pass; one turn is always taken")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
     parser.add_argument("--out", type=Path, default=ROOT / "runs/benchmarks/compressors.json")
     arguments = parser.parse_args()

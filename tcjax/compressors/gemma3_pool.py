@@ -30,6 +30,7 @@ from tcjax.compressors.base import (
 from tcjax.compressors.queries import merge_factor
 from tcjax.interop.names import Name
 from tcjax.nn.dense import dense
+from tcjax.nn.norm import unit_scale
 from tcjax.nn.pool import averaging_grid, bin_means
 
 _EPS = 1e-6
@@ -90,6 +91,5 @@ class _Norm(nnx.Module):
         self.scale = nnx.Param(jnp.zeros((width,)), axes=axis)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        wide = x.astype(jnp.float32)
-        unit = wide * jax.lax.rsqrt((wide**2).mean(-1, keepdims=True) + _EPS)
+        unit = unit_scale(x.astype(jnp.float32), _EPS, False)
         return (unit * (1 + self.scale[...].astype(jnp.float32))).astype(x.dtype)

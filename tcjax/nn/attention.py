@@ -3,8 +3,9 @@
     y = softmax(q k^T * scale + mask) v          softmax in float32, over the M positions attended to
 
 Grouped queries: K query heads share J key/value heads, head k reads key/value head k // (K / J).
-Source: `jax.nn.dot_product_attention` does the arithmetic of `attend`. `attend_causally` writes the two products out:
-cut into query blocks that see only their own past, they are the same sums with 3/8 less work and memory.
+Both are written out with the heads before the positions, so that every product is a plain batched one: on a CPU the
+sums of `jax.nn.dot_product_attention` take half as long again. `attend_causally` is cut into query blocks that see only
+their own past: the same sums with 3/8 less work and memory.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 _CAUSAL_BLOCKS = 4
+_HIDDEN = -1e30  # a logit that counts for nothing; finite, so that a row of them has a derivative
 
 
 def attend(
@@ -33,8 +35,9 @@ def attend(
     Returns:
         BSKA in the type of value_BMJA.
     """
-    mask = None if mask_BSM is None else mask_BSM[:, None]
-    return jax.nn.dot_product_attention(query_BSKA, key_BMJA, value_BMJA, mask=mask, scale=scale)
+    scaled_BSKA = query_BSKA * jnp.asarray(query_BSKA.shape[-1] ** -0.5 if scale is None else scale, query_BSKA.dtype)
+    query_BJGSA, key_BJMA, value_BJMA = _heads_first(scaled_BSKA, key_BMJA, value_BMJA)
+    return _positions_first(_read(query_BJGSA, key_BJMA, value_BJMA, mask_BSM))
 
 
 def padding_mask(valid_BM: jax.Array | None) -> jax.Array | None:
@@ -54,11 +57,9 @@ def attend_causally(
 
     With segment_BS, of those only segment 0 and its own.
     """
-    (B, S, K, A), J = query_BSKA.shape, key_BSJA.shape[2]
-    scaled_BSKA = query_BSKA * jnp.asarray(A**-0.5, query_BSKA.dtype)
-    # Heads before positions, once: every product below is then a plain batched one (a CPU step takes 0.85 of the time).
-    query_BJGSA = scaled_BSKA.reshape(B, S, J, K // J, A).transpose(0, 2, 3, 1, 4)
-    key_BJMA, value_BJMA = key_BSJA.transpose(0, 2, 1, 3), value_BSJA.transpose(0, 2, 1, 3)
+    S = query_BSKA.shape[1]
+    scaled_BSKA = query_BSKA * jnp.asarray(query_BSKA.shape[-1] ** -0.5, query_BSKA.dtype)
+    query_BJGSA, key_BJMA, value_BJMA = _heads_first(scaled_BSKA, key_BSJA, value_BSJA)
     block = -(-S // _CAUSAL_BLOCKS)
     blocks = []
     for start in range(0, S, block):
@@ -68,11 +69,32 @@ def attend_causally(
         if segment_BS is not None:
             of_key_BSM = segment_BS[:, None, :end]
             mask_BSM &= (of_key_BSM == 0) | (of_key_BSM == segment_BS[:, start:end, None])
-        block_BJGSA, seen_BJMA = query_BJGSA[:, :, :, start:end], key_BJMA[:, :, :end]
-        logits_BJGSM = jnp.einsum("BJGSA,BJMA->BJGSM", block_BJGSA, seen_BJMA, preferred_element_type=jnp.float32)
-        weights_BJGSM = jax.nn.softmax(jnp.where(mask_BSM[:, None, None], logits_BJGSM, -1e30))
-        blocks.append(jnp.einsum("BJGSM,BJMA->BJGSA", weights_BJGSM.astype(value_BJMA.dtype), value_BJMA[:, :, :end]))
-    return jnp.concatenate(blocks, axis=3).transpose(0, 3, 1, 2, 4).reshape(B, S, K, A)
+        blocks.append(_read(query_BJGSA[:, :, :, start:end], key_BJMA[:, :, :end], value_BJMA[:, :, :end], mask_BSM))
+    return _positions_first(jnp.concatenate(blocks, axis=3))
+
+
+def _heads_first(query_BSKA: jax.Array, key_BMJA: jax.Array, value_BMJA: jax.Array) -> tuple[jax.Array, ...]:
+    """query_BJGSA, the G = K / J heads that share key/value head j side by side; key_BJMA, value_BJMA."""
+    (B, S, K, A), J = query_BSKA.shape, key_BMJA.shape[2]
+    query_BJGSA = query_BSKA.reshape(B, S, J, K // J, A).transpose(0, 2, 3, 1, 4)
+    return query_BJGSA, key_BMJA.transpose(0, 2, 1, 3), value_BMJA.transpose(0, 2, 1, 3)
+
+
+def _read(query_BJGSA: jax.Array, key_BJMA: jax.Array, value_BJMA: jax.Array, mask_BSM: jax.Array | None) -> jax.Array:
+    """BJGSA. G and S are one axis in both products: a derivative that sums over two has no fast path on a CPU."""
+    B, J, G, S, A = query_BJGSA.shape
+    query_BJIA = query_BJGSA.reshape(B, J, G * S, A)
+    logits_BJIM = jnp.einsum("BJIA,BJMA->BJIM", query_BJIA, key_BJMA, preferred_element_type=jnp.float32)
+    if mask_BSM is not None:
+        logits_BJGSM = logits_BJIM.reshape(B, J, G, S, -1)
+        logits_BJIM = jnp.where(mask_BSM[:, None, None], logits_BJGSM, _HIDDEN).reshape(logits_BJIM.shape)
+    weights_BJIM = jax.nn.softmax(logits_BJIM).astype(value_BJMA.dtype)
+    return jnp.einsum("BJIM,BJMA->BJIA", weights_BJIM, value_BJMA).reshape(query_BJGSA.shape)
+
+
+def _positions_first(read_BJGSA: jax.Array) -> jax.Array:
+    B, J, G, S, A = read_BJGSA.shape
+    return read_BJGSA.transpose(0, 3, 1, 2, 4).reshape(B, S, J * G, A)
 
 
 def attention_weights(

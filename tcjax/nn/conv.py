@@ -43,7 +43,7 @@ class Conv(nnx.Module):
     def __call__(self, grid_BHWC: jax.Array) -> jax.Array:
         kernel = self.kernel[...]
         dtype = jnp.result_type(grid_BHWC, kernel)
-        if self.stride == 1 and self.groups == kernel.shape[-1] == grid_BHWC.shape[-1]:
+        if self.groups == kernel.shape[-1] == grid_BHWC.shape[-1]:
             out_BHWE = self._depthwise(grid_BHWC.astype(dtype), kernel.astype(dtype))
             return out_BHWE if self.bias is None else out_BHWE + self.bias[...]
         out_BHWE = jax.lax.conv_general_dilated(
@@ -61,9 +61,14 @@ class Conv(nnx.Module):
         rows, columns, _, _ = kernel.shape
         edge = (self.padding, self.padding)
         padded = jnp.pad(grid_BHWC, ((0, 0), edge, edge, (0, 0)))
-        H, W = padded.shape[1] - rows + 1, padded.shape[2] - columns + 1
-        taps = [(row, column) for row in range(rows) for column in range(columns)]
-        return sum(padded[:, row : row + H, column : column + W] * kernel[row, column, 0] for row, column in taps)  # pyright: ignore[reportReturnType]
+        last_row, last_column = padded.shape[1] - rows + 1, padded.shape[2] - columns + 1
+        taps = [
+            padded[:, row : row + last_row : self.stride, column : column + last_column : self.stride]
+            * kernel[row, column, 0]
+            for row in range(rows)
+            for column in range(columns)
+        ]
+        return sum(taps[1:], taps[0])
 
 
 def halved(valid_BHW: jax.Array) -> jax.Array:
