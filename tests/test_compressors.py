@@ -3,6 +3,7 @@
 import re
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -305,6 +306,7 @@ def test_other_impossible_choices_are_named(config, message):
 
 BIG = Widths(grid_HW=(24, 24), vision_C=1024, llm_D=4096, text_D=4096)
 SMALL = Widths(grid_HW=(16, 16), vision_C=96, llm_D=128, text_D=128)
+GUIDE = Path(__file__).parents[1] / "docs" / "compressors.md"
 PUBLISHED = {"resampler": 67_217_408, "mlp": 20_979_712, "avg_pool": 20_979_712}  # the latter two are LLaVA-1.5-7B's
 
 
@@ -319,3 +321,12 @@ def test_the_catalogue_builds_at_published_widths(catalogue, widths, num_queries
         assert num_queries in line["possible"] or elsewhere, (name, line["possible"])
         assert line["parameters"] > 0 and line["flops"] > 0, name
         assert line["parameters"] == sizes.get(name, line["parameters"]), name
+        if widths is BIG:
+            assert _documented(line) in GUIDE.read_text(), "docs/compressors.md has another line"
+
+
+def _documented(line: dict) -> str:
+    hosts = ", ".join(target for target in line["exports"] if target in ("hf", "hf-remote", "llava"))
+    size, work = f"{line['parameters'] / 1e6:.1f} M", f"{line['flops'] / 1e9:.2f} at {line['at']}"
+    cells = [line["name"], line["queries"], line["elastic"], ", ".join(line["needs"]), size, work, hosts, line["source"]]
+    return f"| {' | '.join(cells)} |\n"
