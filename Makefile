@@ -23,7 +23,7 @@ ablate: $(VENV)/core.stamp  ## prepare the digit boards, run the study num_queri
 test: $(VENV)/dev.stamp  ## every test, the slow ones too, one worker per core
 	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile
 
-every: $(VENV)/dev.stamp  ## what `make test` asks of some compressors only, of all: exports to Hugging Face directories
+every: $(VENV)/dev.stamp  ## what `make test` asks of some compressors only, of all
 	$(BIN)/python -m pytest -n logical --maxprocesses 8 -m every
 
 lint: $(VENV)/dev.stamp  ## formatting, lint, types, floors

@@ -43,7 +43,7 @@ from tcjax.compressors import (
 )
 from tcjax.compressors.base import Widths
 from tcjax.export.artifact import export
-from tests.planted import plant
+from tests.planted import planted
 
 WIDTHS = Widths(grid_HW=(4, 6), vision_C=8, llm_D=12, text_D=10, levels=2)
 CASES = {
@@ -121,7 +121,7 @@ ROWS = [{"num_queries": 6, "accuracy": 0.51234}, {"num_queries": 24, "accuracy":
 
 
 def built(case: str) -> nnx.Module:
-    return plant(CASES[case].build(WIDTHS, nnx.Rngs(0)))
+    return planted(CASES[case], WIDTHS)
 
 
 @functools.cache

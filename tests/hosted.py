@@ -4,15 +4,13 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from flax import nnx
-
 from tcjax.config import DataConfig, Pixels, Run, Source, TrainConfig
 from tcjax.llms.decoder import LlmConfig
 from tcjax.llms.rope import Llama3Scaling
 from tcjax.towers.vit import VitConfig
 from tcjax.vlm import Vlm, VlmConfig
 from tests import tiny
-from tests.planted import plant
+from tests.planted import planted
 
 ROOT = Path(__file__).parents[1]
 TOKENIZER = "configs/boards_base/tokenizer.json"  # 64 words
@@ -59,5 +57,4 @@ def a_run(compressor: Any, tower: str = "siglip", llm: str = "llama") -> Run:
 
 def a_model(run: Run) -> Vlm:
     """Every weight planted, so that none hides behind an initial 0 or 1."""
-    model = run.model.build(nnx.Rngs(0))  # pyright: ignore[reportAttributeAccessIssue]
-    return plant(model)  # pyright: ignore[reportReturnType]
+    return planted(run.model)  # pyright: ignore[reportReturnType]

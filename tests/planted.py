@@ -4,6 +4,7 @@ Initialisers, seeds, JAX and flax versions have no say, so a checksum over plant
 """
 
 import zlib
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -28,3 +29,8 @@ def plant(module: nnx.Module) -> nnx.Module:
         value *= 0.1 if is_vector else value.shape[-2] ** -0.5
         leaf.set_value(jnp.asarray(value + path.endswith("scale"), jnp.float32))
     return module
+
+
+def planted(config: Any, *widths: Any) -> nnx.Module:
+    """What the config builds, planted. Of its own first weights only the shapes are computed: drawing them takes longer."""
+    return plant(nnx.eval_shape(lambda: config.build(*widths, nnx.Rngs(0))))

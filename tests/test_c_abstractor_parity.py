@@ -14,7 +14,7 @@ from tcjax.compressors import c_abstractor
 from tcjax.compressors.base import Widths
 from tcjax.export.torch import c_abstractor as room
 from tests.honeybee import golden, off, original, same_weights
-from tests.planted import leaves, noise, plant
+from tests.planted import leaves, noise, planted
 from tests.torch_layers import compress, loaded, twin
 
 GOLDEN = golden("c_abstractor")
@@ -80,7 +80,7 @@ def test_has_as_many_parameters_as_honeybees(side, hidden, parameters):
 def test_no_weight_knows_the_number_of_queries():
     widths = Widths(grid_HW=(27, 27), vision_C=6, llm_D=5)
     config = c_abstractor.Config(hidden=8, depth=1)
-    module = plant(config.build(widths, nnx.Rngs(0)))
+    module = planted(config, widths)
     x_BNC = noise(1, 729, 6)
     for num_queries in (1, 144):
         other = config.at(num_queries).build(widths, nnx.Rngs(1))
@@ -109,7 +109,7 @@ def test_a_padded_image_is_the_image_cut_to_what_is_real():
     wide, narrow = (Widths(grid_HW=(4, W), vision_C=10, llm_D=6) for W in (6, 4))
     config = c_abstractor.Config(num_queries=6, shape=(2, 3), hidden=14, depth=2, prenorm=True)
     small = c_abstractor.Config(num_queries=4, hidden=14, depth=2, prenorm=True)
-    module = plant(config.build(wide, nnx.Rngs(0)))
+    module = planted(config, wide)
     real_N = np.tile(np.arange(6) < 4, 4)
     cut = small.build(narrow, nnx.Rngs(0))
     state = nnx.state(module)
@@ -126,7 +126,7 @@ def test_a_half_padded_bin_is_the_mean_of_its_real_tokens():
     """Without blocks: by hand."""
     widths = Widths(grid_HW=(2, 4), vision_C=5, llm_D=6)
     config = c_abstractor.Config(num_queries=2, shape=(1, 2), depth=0, mlp_depth=1, pos_emb=False)
-    module = plant(config.build(widths, nnx.Rngs(0)))
+    module = planted(config, widths)
     x_BNC, valid_BN = noise(1, 8, 5), np.array([[1, 1, 1, 0, 0, 1, 0, 0]], bool)
     out = compress(module, x_BNC, valid_BN=valid_BN)
     kernel, bias = (np.asarray(leaf) for leaf in (module.readout[0].kernel[...], module.readout[0].bias[...]))

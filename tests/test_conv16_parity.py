@@ -11,7 +11,7 @@ from transformers.models.unlimited_ocr import modeling_unlimited_ocr as original
 from tcjax.compressors import conv16
 from tcjax.compressors.base import Widths
 from tcjax.nn.conv import halved, windows
-from tests.planted import leaves, noise, plant
+from tests.planted import leaves, noise, planted
 from tests.torch_layers import compress, conv_kernel, line, values
 
 C, D, NECK = 12, 16, 6
@@ -45,7 +45,7 @@ def theirs(value: dict, x_BNC: np.ndarray, grid_HW: tuple[int, int], neck: int) 
 
 
 def build(grid_HW: tuple[int, int], neck: int) -> nnx.Module:
-    return plant(conv16.Config(neck=neck).build(Widths(grid_HW=grid_HW, vision_C=C, llm_D=D), nnx.Rngs(0)))
+    return planted(conv16.Config(neck=neck), Widths(grid_HW=grid_HW, vision_C=C, llm_D=D))
 
 
 @pytest.mark.parametrize("neck", [0, NECK])

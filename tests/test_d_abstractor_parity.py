@@ -21,7 +21,7 @@ from tcjax.compressors.base import Widths
 from tcjax.export.torch import d_abstractor as room
 from tcjax.interop import names
 from tests.honeybee import golden, off, original, same_weights
-from tests.planted import leaves, noise, plant
+from tests.planted import leaves, noise, planted
 from tests.torch_layers import compress, loaded, twin
 
 GOLDEN = golden("d_abstractor")
@@ -111,9 +111,9 @@ def decoder(config) -> DeformableDetrDecoder:
     return DeformableDetrDecoder(settings).eval()
 
 
-def planted(config, widths):
+def beside_theirs(config, widths):
     """The module, its published tensors, and transformers' decoder with the same weights."""
-    module = plant(config.build(widths, nnx.Rngs(0)))
+    module = planted(config, widths)
     points = module.reference_points
     points.set_value(points[...] * 0.4 + 0.5)  # some beyond the border
     weights = {
@@ -185,7 +185,7 @@ def test_equals_transformers_decoder(name, ragged):
     grid_HW, pooled, C, own = SHAPES[name]
     config = d_abstractor.Config(**TINY | {"num_queries": pooled[0] * pooled[1], "shape": pooled} | own)
     widths = Widths(grid_HW=grid_HW, vision_C=C, llm_D=10)
-    module, weights, theirs = planted(config, widths)
+    module, weights, theirs = beside_theirs(config, widths)
     N = widths.num_tokens
     x_BNC, valid_BN = noise(2, N, C), None
     if ragged:
@@ -241,7 +241,7 @@ def test_assignment_is_where_the_last_layer_looked():
     """transformers' own sampling of unit vectors in place of values gives the weight of every token."""
     config = d_abstractor.Config(**TINY | {"num_queries": 6, "shape": (2, 3)})
     widths = Widths(grid_HW=(4, 6), vision_C=12, llm_D=10)
-    module, weights, theirs = planted(config, widths)
+    module, weights, theirs = beside_theirs(config, widths)
     caught = {}
     sampling = theirs.layers[-1].encoder_attn.attn
     sampling.register_forward_pre_hook(lambda _, args: caught.update(args=args))
@@ -255,7 +255,7 @@ def test_assignment_is_where_the_last_layer_looked():
 
 def test_a_query_that_looks_outside_shares_itself_out_equally():
     config = d_abstractor.Config(**TINY | {"num_queries": 4})
-    module = plant(config.build(Widths(grid_HW=(4, 6), vision_C=12, llm_D=10), nnx.Rngs(0)))
+    module = planted(config, Widths(grid_HW=(4, 6), vision_C=12, llm_D=10))
     module.reference_points.set_value(module.reference_points[...] * 0 + 9)
     valid_BN = np.arange(24)[None] < 10
     np.testing.assert_allclose(

@@ -9,7 +9,7 @@ from flax import nnx
 from tcjax.compressors import decoder_resampler
 from tcjax.compressors.base import Context, Widths
 from tcjax.interop import names
-from tests.planted import leaves, noise, plant
+from tests.planted import leaves, noise, planted
 
 C, D, Q, DEPTH, HEADS, F = 24, 16, 5, 3, 4, 40
 
@@ -17,7 +17,7 @@ C, D, Q, DEPTH, HEADS, F = 24, 16, 5, 3, 4, 40
 def built() -> tuple[nnx.Module, dict[str, torch.Tensor]]:
     config = decoder_resampler.Config(num_queries=Q, depth=DEPTH, heads=HEADS, feed_forward=F)
     widths = Widths(grid_HW=(4, 4), vision_C=C, llm_D=D)
-    module = plant(config.build(widths, nnx.Rngs(0)))
+    module = planted(config, widths)
     published = names.to_torch(names.flatten(module), config.names(widths))
     return module, {key: torch.from_numpy(value) for key, value in published.items()}
 

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from flax import nnx
 from safetensors.torch import save_file
 
 from tcjax.assemble import assemble
@@ -30,7 +29,7 @@ from tcjax.export.warm_start import import_artifact
 from tcjax.interop import names, tensors
 from tests.exported import CASES, WIDTHS, artifact
 from tests.hosted import a_run
-from tests.planted import plant
+from tests.planted import planted
 from tests.test_lavis import CHECKPOINT
 
 VISION = dict(
@@ -290,7 +289,7 @@ LAYOUTS = {  # name: (config, prefix, publisher, what has to be said)
 def test_a_layout_without_a_class_comes_back_bit_for_bit(case, dtype, tmp_path):
     config, prefix, publisher, said = LAYOUTS[case]
     widths = Widths(grid_HW=(4, 4), vision_C=64, llm_D=128, text_D=128)
-    module = plant(config.build(widths, nnx.Rngs(0)))
+    module = planted(config, widths)
     published = names.to_torch(names.flatten(module), config.names(widths))
     written = {prefix + key: array.astype(dtype) for key, array in published.items()}
     tensors.save(tmp_path / "model.safetensors", written)

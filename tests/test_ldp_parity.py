@@ -18,7 +18,7 @@ from tcjax.compressors import ldp, ldp_v2
 from tcjax.compressors.base import Widths
 from tcjax.export.torch import ldp_v2 as room
 from tcjax.interop import tensors
-from tests.planted import leaves, noise, plant
+from tests.planted import leaves, noise, planted
 from tests.torch_layers import compress, conv_kernel, line, loaded, normed, ragged, section, twin, two, values
 
 GOLDEN = Path(__file__).parent / "golden/ldp_v2.safetensors"
@@ -48,7 +48,7 @@ def test_ldp_v2_with_padding(grid_HW, shape):
     """Means of the valid, 0 where there is none, then the convolution."""
     (H, W), (h, w) = grid_HW, shape
     config = ldp_v2.Config(num_queries=h * w, shape=shape)
-    module = plant(config.build(widths(grid_HW), nnx.Rngs(0)))
+    module = planted(config, widths(grid_HW))
     value, x_BNC, valid_BN = values(module), noise(4, H * W, C), ragged(grid_HW)
     hidden_BNC = np.where(valid_BN[..., None], x_BNC, np.float32(np.nan))
     ours = compress(module, hidden_BNC, valid_BN=valid_BN)
@@ -98,7 +98,7 @@ def by_formula(value: dict, x: torch.Tensor, H: int, W: int) -> np.ndarray:
 @pytest.mark.parametrize("grid_HW", [(6, 6), (4, 7), (9, 5), (27, 27), (1, 1)])
 def test_ldp_equals_its_formula(grid_HW):
     H, W = grid_HW
-    module = plant(ldp.Config().build(widths(grid_HW), nnx.Rngs(0)))
+    module = planted(ldp.Config(), widths(grid_HW))
     x_BNC = 2 * noise(2, H * W, C) + 1
     expected_BQD = by_formula(values(module), torch.from_numpy(x_BNC), H, W)
     assert expected_BQD.shape[1] == -(-H // 2) * -(-W // 2) == module.num_outputs
@@ -109,7 +109,7 @@ def test_ldp_equals_its_formula(grid_HW):
 def test_a_padded_image_gives_what_its_corner_gives_alone(valid_HW):
     """The mean over the channels' grid included."""
     (H, W), (h, w) = (6, 8), valid_HW
-    module = plant(ldp.Config().build(widths((H, W)), nnx.Rngs(0)))
+    module = planted(ldp.Config(), widths((H, W)))
     valid_HW = np.zeros((H, W), bool)
     valid_HW[:h, :w] = True
     x_BNC = noise(1, H * W, C)

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from tcjax.compressors import learned_merge
 from tcjax.compressors.base import Context, Widths
-from tests.planted import leaves, noise, plant
+from tests.planted import leaves, noise, planted
 
 C, D, T = 12, 16, 10
 SMALL = {"scorer": 8, "merger": 6, "metric": 4}
@@ -20,7 +20,7 @@ TOLD = learned_merge.Config(num_queries=7, text=True, prior=True, **SMALL)
 
 
 def built(config, widths=WIDTHS):
-    return plant(config.build(widths, nnx.Rngs(0)))
+    return planted(config, widths)
 
 
 @nnx.jit

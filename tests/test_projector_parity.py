@@ -5,14 +5,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from flax import nnx
 from transformers.models.idefics3.modeling_idefics3 import Idefics3Connector
 from transformers.models.internvl.modeling_internvl import InternVLModel, InternVLMultiModalProjector
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from tcjax.compressors import avg_pool, mlp, pixel_shuffle
 from tcjax.compressors.base import Context, Widths
-from tests.planted import leaves, noise, plant
+from tests.planted import leaves, noise, planted
 
 C, D = 12, 20
 SIZES = {"vision_config": SimpleNamespace(hidden_size=C), "text_config": SimpleNamespace(hidden_size=D)}
@@ -20,7 +19,7 @@ SIZES = {"vision_config": SimpleNamespace(hidden_size=C), "text_config": SimpleN
 
 def build(config, grid_HW):
     """The planted module and its weights as torch wants them: kernels transposed."""
-    module = plant(config.build(Widths(grid_HW=grid_HW, vision_C=C, llm_D=D), nnx.Rngs(0)))
+    module = planted(config, Widths(grid_HW=grid_HW, vision_C=C, llm_D=D))
     tensors = {path: torch.from_numpy(np.asarray(leaf.get_value()).T.copy()) for path, leaf in leaves(module).items()}
     return module, tensors
 

@@ -18,7 +18,7 @@ from transformers import (
 from tcjax.compressors import qformer
 from tcjax.compressors.base import Context, Widths
 from tcjax.interop import names
-from tests.planted import leaves, noise, plant
+from tests.planted import leaves, noise, planted
 
 C, D, E, Q, HEADS, F, VOCAB, MAX_TEXT = 12, 16, 24, 5, 3, 32, 20, 9
 WIDTHS = Widths(grid_HW=(4, 4), vision_C=C, llm_D=D, text_D=E)
@@ -42,7 +42,7 @@ def compress(module, x_BNC, valid_BN=None, text_BTD=None, text_valid_BT=None):
 
 def pair(config: qformer.Config, *, faint: float = 1.0):
     """Our planted module, transformers' class with its weights under the published names, and what lies outside it."""
-    module = plant(config.build(WIDTHS, nnx.Rngs(0)))
+    module = planted(config, WIDTHS)
     module.queries.set_value(module.queries[...] * faint)
     published = names.to_torch(names.flatten(module), config.names(WIDTHS))
     tensors = {name: torch.from_numpy(array) for name, array in published.items()}
@@ -136,8 +136,8 @@ def test_the_text_counts_its_positions():
 def test_text_of_another_width_is_mapped_first():
     """text_proj is a linear layer before the positions: mapping by hand gives InstructBLIP's own form."""
     config = qformer.Config(depth=2, text=True, **SIZES)
-    wide = plant(config.build(Widths(grid_HW=(4, 4), vision_C=C, llm_D=D, text_D=10), nnx.Rngs(0)))
-    plain = plant(config.build(WIDTHS, nnx.Rngs(0)))
+    wide = planted(config, Widths(grid_HW=(4, 4), vision_C=C, llm_D=D, text_D=10))
+    plain = planted(config, WIDTHS)
     assert leaves(wide).keys() - leaves(plain).keys() == {"text_proj/kernel", "text_proj/bias"}
     x_BNC, text_BTD, valid_BT = noise(2, 16, C), noise(2, 4, 10, seed=2), np.arange(4) < np.array([[4], [2]])
     text_BTE = text_BTD @ wide.text_proj.kernel[...] + wide.text_proj.bias[...]

@@ -17,7 +17,7 @@ from tcjax.compressors import quecc
 from tcjax.compressors.base import Widths
 from tcjax.export.torch import quecc as room
 from tcjax.interop import tensors
-from tests.planted import leaves, noise, plant
+from tests.planted import leaves, noise, planted
 from tests.torch_layers import (
     attention,
     compress,
@@ -69,7 +69,7 @@ def test_quecc_equals_the_original(stride):
 def test_quecc_with_padding_one_cell_at_a_time(grid_HW, s, pool):
     (H, W), Q = grid_HW, grid_HW[0] * grid_HW[1] // s**2
     widths = Widths(grid_HW=grid_HW, vision_C=C, llm_D=D, levels=2, text_D=T_WIDTH)
-    module = plant(questioned(Q, heads=4, text_pool=pool).build(widths, nnx.Rngs(0)))
+    module = planted(questioned(Q, heads=4, text_pool=pool), widths)
     value = values(module)
     x_BNC, l_BNE, valid_BN = noise(4, H * W, C) + 1, noise(4, H * W, 2 * C, seed=1), ragged(grid_HW)
     text_BTD, text_valid_BT = noise(4, 5, T_WIDTH, seed=2), np.arange(5) < np.array([[5], [2], [0], [1]])
@@ -114,7 +114,7 @@ def test_quecc_with_padding_one_cell_at_a_time(grid_HW, s, pool):
 
 def test_without_a_question_quecc_adds_nothing():
     """Neither W_t 0 + b nor its norm: other embeddings behind a False change nothing, and a question does."""
-    module = plant(questioned(9).build(WIDTHS, nnx.Rngs(0)))
+    module = planted(questioned(9), WIDTHS)
     x_BNC, levels_BNE = noise(2, 144, C), noise(2, 144, 2 * C, seed=1)
     told = {"levels_BNE": levels_BNE, "text_BTD": noise(2, 3, T_WIDTH), "text_valid_BT": np.zeros((2, 3), bool)}
     null_BQD = compress(module, x_BNC, **told).tokens_BQD

@@ -12,7 +12,7 @@ from torch.nn import functional
 from tcjax.compressors import learned_merge, query_merge
 from tcjax.compressors.base import Context, Widths
 from tcjax.interop import names
-from tests.planted import leaves, noise, plant
+from tests.planted import leaves, noise, planted
 
 C, D, T = 12, 16, 10
 WIDTHS = Widths(grid_HW=(4, 6), vision_C=C, llm_D=D, text_D=T)
@@ -55,7 +55,7 @@ def formulas(p, x, text, literal):
 @pytest.mark.parametrize(("grid", "padding"), [((4, 6), 0), ((5, 5), 9), ((27, 27), 100), ((1, 1), 0)])
 def test_equals_the_formulas(grid, padding, literal):
     widths = Widths(grid_HW=grid, vision_C=C, llm_D=D, text_D=T)
-    module = plant(query_merge.Config(num_queries=5, inner=6, literal=literal).build(widths, nnx.Rngs(0)))
+    module = planted(query_merge.Config(num_queries=5, inner=6, literal=literal), widths)
     p = {path: torch.tensor(np.asarray(leaf.get_value())).double() for path, leaf in leaves(module).items()}
     x_BNC = 2 * noise(3, widths.num_tokens, C, seed=1) + 1
     valid_BN = np.ones(x_BNC.shape[:2], bool)
@@ -71,7 +71,7 @@ def test_equals_the_formulas(grid, padding, literal):
 def test_the_literal_relevance_is_the_sketchs_in_one_slot():
     """Of one width no matrix is in between; one slot owns every token, so its weights are the relevance alone."""
     widths = Widths(grid_HW=(4, 6), vision_C=C, llm_D=D, text_D=C)
-    module = plant(query_merge.Config(num_queries=1, inner=6, literal=True).build(widths, nnx.Rngs(0)))
+    module = planted(query_merge.Config(num_queries=1, inner=6, literal=True), widths)
     assert not [path for path in leaves(module) if path.startswith("relevance")]
     x_BNC, query_BD = noise(3, 24, C), noise(3, C, seed=4)
     found = compress(module, x_BNC, text_BTD=query_BD[:, None], text_valid_BT=np.ones((3, 1), bool))
@@ -84,7 +84,7 @@ def test_the_literal_relevance_is_the_sketchs_in_one_slot():
 @pytest.mark.parametrize("literal", [False, True])
 def test_without_a_question_every_token_is_equally_relevant(literal):
     """One slot: the plain mean of the valid tokens, whatever the padding of the text holds; with a question it is not."""
-    module = plant(query_merge.Config(num_queries=1, inner=6, literal=literal).build(WIDTHS, nnx.Rngs(0)))
+    module = planted(query_merge.Config(num_queries=1, inner=6, literal=literal), WIDTHS)
     x_BNC, text_BTD = noise(3, 24, C), noise(3, 5, T, seed=4)
     text_BTD[2] = np.nan
     valid_BN = np.arange(24) < 17 + np.zeros((3, 1))
@@ -104,7 +104,7 @@ def test_without_a_question_every_token_is_equally_relevant(literal):
 )
 def test_the_pytorch_twins_know_the_null_text(config):
     """Beside real tokens; in an artifact's probes the null text is that of the empty image."""
-    module = plant(config.build(WIDTHS, nnx.Rngs(0)))
+    module = planted(config, WIDTHS)
     module_torch = importlib.import_module(f"tcjax.export.torch.{config.family}").Compressor(config.describe(WIDTHS))
     weights = names.to_torch(names.flatten(module), config.names(WIDTHS))
     module_torch.load_state_dict({name: torch.from_numpy(array) for name, array in weights.items()})
@@ -129,7 +129,7 @@ def test_starts_as_its_own_control():
 
 def test_every_share_of_a_token_is_weighted_alike():
     """Two questions differ in a token's weight, not in whose token it is: their log ratios are one relevance plus a constant."""
-    module = plant(query_merge.Config(num_queries=5, inner=6).build(WIDTHS, nnx.Rngs(0)))
+    module = planted(query_merge.Config(num_queries=5, inner=6), WIDTHS)
     x_BNC = np.tile(noise(1, 24, C), (2, 1, 1))
     ratio_QN = np.log(np.divide(*np.asarray(compress(module, x_BNC).assign_BQN)))
     centred_QN = ratio_QN - ratio_QN.mean(1, keepdims=True)
@@ -138,7 +138,7 @@ def test_every_share_of_a_token_is_weighted_alike():
 
 
 def test_masking_equals_cutting_the_padding_off():
-    module = plant(query_merge.Config(num_queries=5, inner=6).build(WIDTHS, nnx.Rngs(0)))
+    module = planted(query_merge.Config(num_queries=5, inner=6), WIDTHS)
     x_BNC = noise(3, 24, C)
     masked = compress(module, x_BNC, np.tile(np.arange(24) < 17, (3, 1)))
     cut = compress(module, x_BNC[:, :17])

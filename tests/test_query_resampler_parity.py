@@ -20,7 +20,7 @@ from tcjax.compressors import query_resampler
 from tcjax.compressors.base import Context, Widths
 from tcjax.export.torch import query_resampler as twin
 from tcjax.interop import names
-from tests.planted import leaves, noise, plant
+from tests.planted import leaves, noise, planted
 
 GOLDEN = load_file(Path(__file__).parent / "golden/query_resampler.safetensors")
 SIZES = {"heads": 4, "kv_heads": 2, "head_width": 4}
@@ -120,7 +120,7 @@ def oracle(module, config, x_BNC, text_BTD, text_valid_BT, valid_BN) -> np.ndarr
 def test_equals_transformers_layers_under_ragged_masks(name):
     """Full, partly padded and null text; ragged images. NaN lies where nobody may look."""
     config = CONFIGS[name]
-    module = plant(config.build(WIDTHS, nnx.Rngs(0)))
+    module = planted(config, WIDTHS)
     x_BNC, text_BTD = 2 * noise(3, 15, 12) + 1, noise(3, 6, 10, seed=1)
     text_valid_BT = np.stack([np.ones(6, bool), np.arange(6) % 3 == 1, np.zeros(6, bool)])
     valid_BN = np.stack([np.arange(15) % 5 < 3, np.ones(15, bool), np.arange(15) == 7])
@@ -133,14 +133,14 @@ def test_equals_transformers_layers_under_ragged_masks(name):
 @pytest.mark.parametrize("num_tokens", [1, 13, 729])
 def test_without_positions_any_number_of_tokens_will_do(num_tokens):
     config = CONFIGS["deep"]
-    module = plant(config.build(WIDTHS, nnx.Rngs(0)))
+    module = planted(config, WIDTHS)
     x_BNC, text_BTD = noise(2, num_tokens, 12), noise(2, 3, 10, seed=1)
     everything = np.ones((2, 3), bool), np.ones((2, num_tokens), bool)
     close(compress(module, x_BNC, text_BTD).tokens_BQD, oracle(module, config, x_BNC, text_BTD, *everything))
 
 
 def test_the_question_changes_what_is_read_from_the_image():
-    module = plant(ORIGINAL.build(GRIDS["grid"], nnx.Rngs(0)))
+    module = planted(ORIGINAL, GRIDS["grid"])
     x_BNC, text_BTD = noise(1, 15, 8).repeat(3, 0), noise(3, 4, 10, seed=1)
     text_valid_BT = np.array([[True] * 4, [True] * 4, [False] * 4])
     out = compress(module, x_BNC, text_BTD, text_valid_BT)
@@ -150,7 +150,7 @@ def test_the_question_changes_what_is_read_from_the_image():
 
 
 def test_the_null_text_is_the_same_whatever_its_length_and_content():
-    module = plant(ORIGINAL.build(GRIDS["grid"], nnx.Rngs(0)))
+    module = planted(ORIGINAL, GRIDS["grid"])
     x_BNC = noise(2, 15, 8)
     short = compress(module, x_BNC, noise(2, 1, 10), np.zeros((2, 1), bool)).tokens_BQD
     long = compress(module, x_BNC, np.full((2, 9, 10), np.nan, np.float32), np.zeros((2, 9), bool)).tokens_BQD
@@ -160,7 +160,7 @@ def test_the_null_text_is_the_same_whatever_its_length_and_content():
 
 def test_the_question_is_read_in_any_order():
     """No positions in the text: it is a set, of which padding is no part."""
-    module = plant(ORIGINAL.build(GRIDS["grid"], nnx.Rngs(0)))
+    module = planted(ORIGINAL, GRIDS["grid"])
     x_BNC, text_BTD, text_valid_BT = noise(2, 15, 8), noise(2, 6, 10, seed=1), np.tile(np.arange(6) < 4, (2, 1))
     order = [5, 3, 0, 4, 2, 1]
     one = compress(module, x_BNC, text_BTD, text_valid_BT).tokens_BQD

@@ -8,7 +8,7 @@ from transformers.models.evolla.modeling_evolla import EvollaFeedForward, Evolla
 
 from tcjax.compressors import resampler
 from tcjax.compressors.base import Context, Widths
-from tests.planted import leaves, noise, plant
+from tests.planted import leaves, noise, planted
 
 C, D, Q, DEPTH, HEADS, HEAD_WIDTH, FF_MULT = 24, 16, 5, 3, 2, 8, 4  # E = 16 is not C
 
@@ -51,7 +51,7 @@ def compress(module, x_BNC, valid_BN=None):
 @pytest.mark.parametrize(("num_tokens", "padding"), [(16, 0), (16, 5), (13, 4), (1, 0)])
 def test_equals_open_flamingo(num_tokens, padding):
     config = resampler.Config(num_queries=Q, depth=DEPTH, heads=HEADS, head_width=HEAD_WIDTH, ff_mult=FF_MULT)
-    module = plant(config.build(Widths(grid_HW=(4, 4), vision_C=C, llm_D=D), nnx.Rngs(0)))
+    module = planted(config, Widths(grid_HW=(4, 4), vision_C=C, llm_D=D))
     params = {path: np.array(leaf.get_value()) for path, leaf in leaves(module).items()}
     x_BNC = 3 * noise(2, num_tokens, C) + 1  # a mean that a careless LayerNorm would notice
     valid_BN = np.ones((2, num_tokens), bool)
@@ -88,7 +88,7 @@ def test_starts_as_torch_does():
 
 def test_masking_equals_cutting_the_padding_off():
     config = resampler.Config(num_queries=Q, depth=2, heads=HEADS, head_width=HEAD_WIDTH)
-    module = plant(config.build(Widths(grid_HW=(4, 4), vision_C=C, llm_D=D), nnx.Rngs(0)))
+    module = planted(config, Widths(grid_HW=(4, 4), vision_C=C, llm_D=D))
     x_BNC = noise(2, 16, C)
     masked = compress(module, x_BNC, np.tile(np.arange(16) < 11, (2, 1)))
     cut = compress(module, x_BNC[:, :11])
@@ -99,7 +99,7 @@ def test_masking_equals_cutting_the_padding_off():
 def test_assignment_is_the_last_layers_attention():
     """One layer, one head, by hand: softmax over image and latents, cut to the image, renormalised."""
     config = resampler.Config(num_queries=Q, depth=1, heads=1, head_width=8)
-    module = plant(config.build(Widths(grid_HW=(4, 4), vision_C=C, llm_D=D), nnx.Rngs(0)))
+    module = planted(config, Widths(grid_HW=(4, 4), vision_C=C, llm_D=D))
     params = {path: np.array(leaf.get_value()) for path, leaf in leaves(module).items()}
     x_BNC = noise(1, 16, C)
 
@@ -121,7 +121,7 @@ def test_video_and_media_embeddings_are_open_flamingos(media, frames):
         num_queries=Q, depth=DEPTH, heads=HEADS, head_width=HEAD_WIDTH, max_frames=4, media=media, max_media=3
     )
     widths = Widths(grid_HW=(2, 3), vision_C=C, llm_D=D, frames=media * frames)
-    module = plant(config.build(widths, nnx.Rngs(0)))
+    module = planted(config, widths)
     params = {path: np.array(leaf.get_value()) for path, leaf in leaves(module).items()}
     x_BNC = noise(2, media * frames * 6, C)
     valid_BN = np.ones(x_BNC.shape[:2], bool)

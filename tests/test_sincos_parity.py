@@ -26,7 +26,7 @@ from tcjax.compressors.base import Context, Widths
 from tcjax.export import families
 from tcjax.export.artifact import export
 from tcjax.interop import names, tensors
-from tests.planted import leaves, noise, plant
+from tests.planted import leaves, noise, planted
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -195,7 +195,7 @@ def test_frames_have_an_order_and_an_image_has_none():
     """Two frames changed over are another video; without frame positions (a still image, twice) they would not be."""
     widths = Widths(grid_HW=(3, 4), vision_C=12, llm_D=16, frames=2)
     config = qwen_resampler.Config(num_queries=3, form="minicpm_v45", head_width=8, frame_step=5)
-    module = plant(config.build(widths, nnx.Rngs(0)))
+    module = planted(config, widths)
     x_BNC = noise(1, 24, 12)
     there, back = (compress(module, x).tokens_BQD for x in (x_BNC, np.roll(x_BNC, 12, axis=1)))
     assert np.abs(there - back).max() > 1e-2
@@ -212,7 +212,7 @@ def test_matryoshka_pools_every_image_alike():
     x_BNC = noise(2, 12, 12)
     for key_content in (False, True):
         config = matryoshka_query.Config(num_queries=4, max_queries=4, head_width=6, key_content=key_content)
-        module = plant(config.build(Widths(grid_HW=(3, 4), vision_C=12, llm_D=16), nnx.Rngs(0)))
+        module = planted(config, Widths(grid_HW=(3, 4), vision_C=12, llm_D=16))
         one, other = module(x_BNC, Context(assign=True)).assign_BQN
         assert (np.abs(one - other).max() < 1e-7) == (not key_content)
 
@@ -230,7 +230,7 @@ def test_a_region_of_a_24_grid_by_hand():
 def test_padding_of_regions():
     """A sample is the mean of its valid cells, a region without any is not valid, the others do not notice."""
     config = spatial_resampler.Config(num_queries=9, head_width=8)
-    module = plant(config.build(Widths(grid_HW=(9, 9), vision_C=12, llm_D=16), nnx.Rngs(0)))
+    module = planted(config, Widths(grid_HW=(9, 9), vision_C=12, llm_D=16))
     x_BNC, kept = noise(1, 81, 12), np.ones((9, 9), bool)
     kept[:, 6:] = False  # the right third; the middle regions' last sample reads columns 5 and 6
     full = module(x_BNC, Context(assign=True))
@@ -260,7 +260,7 @@ def test_resizing_is_torchs():
 def test_a_video_is_exported(tmp_path, frames):
     config = qwen_resampler.Config(num_queries=3, form="minicpm_v45", head_width=4, frame_step=700)
     widths = Widths(grid_HW=(2, 3), vision_C=8, llm_D=12, frames=frames)
-    certificate = export(plant(config.build(widths, nnx.Rngs(0))), config, widths, tmp_path / "out", provenance={})
+    certificate = export(planted(config, widths), config, widths, tmp_path / "out", provenance={})
     assert max(row["relative"] for row in certificate["cases"]) < 2e-6
 
 
@@ -277,7 +277,7 @@ def test_a_twin_can_be_captured_whole(case):
     """torch.export reads it once and keeps no question to the data open."""
     widths = Widths(grid_HW=(4, 6), vision_C=8, llm_D=12, frames=2 if case == "minicpm_v45" else 1)
     config = EXPORTED[case]
-    module = plant(config.build(widths, nnx.Rngs(0)))
+    module = planted(config, widths)
     weights = names.to_torch(names.flatten(module), config.names(widths))
     compressor = twin(config, widths, weights)
     inputs = torch.from_numpy(noise(2, widths.num_tokens, 8)), torch.ones(2, widths.num_tokens, dtype=torch.bool)

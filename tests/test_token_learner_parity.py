@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 
 from tcjax.compressors import token_learner
 from tcjax.compressors.base import Context, Widths
-from tests.planted import leaves, noise, plant
+from tests.planted import leaves, noise, planted
 
 GOLDEN = load_file(Path(__file__).parent / "golden/token_learner.safetensors")
 OURS = {
@@ -28,7 +28,7 @@ WIDTHS = Widths(grid_HW=(4, 6), vision_C=12, llm_D=16)
 
 def built():
     """Scenic's weights; our own projection planted."""
-    module = plant(token_learner.Config(num_queries=5).build(WIDTHS, nnx.Rngs(0)))
+    module = planted(token_learner.Config(num_queries=5), WIDTHS)
     for path, leaf in leaves(module).items():
         if path in OURS:
             leaf.set_value(GOLDEN[OURS[path]])

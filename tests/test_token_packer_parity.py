@@ -21,7 +21,7 @@ from tcjax.export.torch import token_packer as room
 from tcjax.interop import tensors
 from tcjax.nn.cells import cells, from_cells
 from tcjax.nn.positions import bilinear_matrix
-from tests.planted import leaves, noise, plant
+from tests.planted import leaves, noise, planted
 from tests.torch_layers import attention, compress, line, loaded, normed, ragged, section, twin, two, values
 
 GOLDEN = Path(__file__).parent / "golden/token_packer.safetensors"
@@ -53,7 +53,7 @@ def test_token_packer_with_padding_one_cell_at_a_time(grid_HW, shape):
     """x0: torch's bilinear of the tokens and of the mask, divided; where that reads nothing, the cell's valid mean."""
     (H, W), (h, w) = grid_HW, shape
     widths = Widths(grid_HW=grid_HW, vision_C=C, llm_D=D, levels=2)
-    module = plant(packer(h * w, shape=shape).build(widths, nnx.Rngs(0)))
+    module = planted(packer(h * w, shape=shape), widths)
     value = values(module)
     x_BNC, l_BNE, valid_BN = noise(4, H * W, C) + 1, noise(4, H * W, 2 * C, seed=1), ragged(grid_HW)
     hidden_BN1 = np.where(valid_BN, 1, np.nan)[..., None].astype("f4")
@@ -117,7 +117,7 @@ def test_cells_run_row_by_row_inside_and_outside():
 
 def test_no_residual_so_the_features_only_steer():
     """With equal levels inside a cell, whatever the features are, the answer is the same."""
-    module = plant(packer(9).build(WIDTHS, nnx.Rngs(0)))
+    module = planted(packer(9), WIDTHS)
     levels_BNE = np.broadcast_to(noise(2, 1, 2 * C), (2, 144, 2 * C))
     one, other = (compress(module, noise(2, 144, C, seed=seed), levels_BNE=levels_BNE).tokens_BQD for seed in (1, 2))
     np.testing.assert_allclose(one, other, atol=1e-5)

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 
 from tcjax.config import Pixels
 from tcjax.export import blip2, hosts
-from tests.planted import plant
+from tests.planted import planted
 from tests.test_vit import CLIP, EVERYTHING, SIGLIP, behind, images, loaded, twin
 
 
@@ -48,7 +48,7 @@ def test_the_class_token_comes_first_where_it_is_kept(published, levels):
 def test_tokens_of_blip2s_tower_are_those_of_its_class():
     """Through the names that an export writes, 17 tokens behind the last norm."""
     cfg = dataclasses.replace(EVERYTHING, pre_norm=False, keep_class=True, activation="gelu")
-    tower = plant(cfg.build(nnx.Rngs(0)))
+    tower = planted(cfg)
     found = hosts.tower_tensors(tower, cfg, Path())
     model = transformers.Blip2VisionModel(transformers.Blip2VisionConfig(**hosts.tower_sizes(cfg))).eval()
     tensors = {key.removeprefix("vision_model."): value for key, value in blip2.tower_tensors(found, cfg).items()}

@@ -10,7 +10,7 @@ from flax import nnx
 
 from tcjax.compressors import avg_pool, chain, elastic, mlp, per_frame, pixel_shuffle, resampler, resize_image
 from tcjax.compressors.base import Context, Widths
-from tests.planted import noise, plant
+from tests.planted import noise, planted
 
 WIDTHS = Widths(grid_HW=(4, 6), vision_C=12, llm_D=16)
 TINY = {"depth": 1, "heads": 2, "head_width": 4, "ff_mult": 2}
@@ -23,7 +23,7 @@ PARTS = (
 
 def test_a_chain_is_its_parts_one_after_another():
     config = chain.Config(parts=PARTS)
-    module = plant(config.build(WIDTHS, nnx.Rngs(0)))
+    module = planted(config, WIDTHS)
     x_BNC, valid_BN = noise(2, 24, 12), np.arange(24) < np.array([[24], [9]])
     between = config.between(WIDTHS)
     assert [(widths.grid_HW, widths.llm_D) for widths in between] == [((4, 6), 12), ((3, 4), 12), ((1, 9), 16)]
@@ -56,7 +56,7 @@ def test_a_chain_whose_budget_does_not_fit_names_the_part(parts, message):
 def test_per_frame_is_the_compressor_on_every_frame():
     widths = dataclasses.replace(WIDTHS, frames=3)
     each = resampler.Config(num_queries=4, **TINY)
-    module = plant(per_frame.Config(each=each).build(widths, nnx.Rngs(0)))
+    module = planted(per_frame.Config(each=each), widths)
     x_BNC, valid_BN = noise(2, 72, 12), np.arange(72) < np.array([[72], [40]])  # the third frame is all padding
     out = module(x_BNC, Context(jnp.asarray(valid_BN), assign=True))
     assert out.tokens_BQD.shape == (2, 12, 16)
@@ -75,7 +75,7 @@ def test_a_compressor_of_one_image_names_the_way_to_video():
 
 
 def drawn(config, num=512, *, step=0):
-    module = plant(config.build(WIDTHS, nnx.Rngs(0)))
+    module = planted(config, WIDTHS)
     keys_B = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(step), i))(jnp.arange(num))
     valid = jax.jit(lambda keys_B: module(jnp.zeros((num, 24, 12)), Context(keys_B=keys_B)).valid_BQ)
     return np.asarray(valid(keys_B)).sum(1)
@@ -92,7 +92,7 @@ def test_elastic_training_draws_every_number_equally_often():
 
 def test_an_elastic_sample_is_the_compressor_at_its_number():
     config = elastic.Config(of=PARTS[1], drawn_from=(3,))
-    module = plant(config.build(WIDTHS, nnx.Rngs(0)))
+    module = planted(config, WIDTHS)
     small = config.at(3).build(WIDTHS, nnx.Rngs(1))
     nnx.update(small, nnx.state(module))
     x_BNC, keys_B = noise(2, 24, 12), jax.random.split(jax.random.key(0), 2)
@@ -112,7 +112,7 @@ def test_what_cannot_be_elastic_says_why():
 def test_resize_image_asks_the_tower_for_a_smaller_grid():
     config = resize_image.Config(num_queries=6, shape=(2, 3))
     assert config.of_tower() == {"shrunk_HW": (2, 3)}
-    module = plant(config.build(dataclasses.replace(WIDTHS, grid_HW=(2, 3)), nnx.Rngs(0)))
+    module = planted(config, dataclasses.replace(WIDTHS, grid_HW=(2, 3)))
     x_BNC = noise(2, 6, 12)
     twin = mlp.Config().build(dataclasses.replace(WIDTHS, grid_HW=(2, 3)), nnx.Rngs(1))
     nnx.update(twin, nnx.state(module))

@@ -25,7 +25,7 @@ def section(golden: Values, prefix: str) -> Values:
 
 def loaded(config: CompressorConfig, widths: Widths, weights: Values) -> nnx.Module:
     """The module with a published state dict in it: every tensor of it is used."""
-    module = config.build(widths, nnx.Rngs(0))
+    module = nnx.eval_shape(lambda: config.build(widths, nnx.Rngs(0)))
     names.assign(module, names.from_torch(weights, config.names(widths), names.shapes(module)))
     return module
 
