@@ -28,11 +28,6 @@ def original(found: Values, case: str, grid_HW: tuple[int, int]) -> Original:
     return Original(x_BNC, y_BQD, section(found, f"{case}/weights/"), widths)
 
 
-def off(ours_BQD, theirs_BQD: np.ndarray) -> float:
-    """The largest difference, as a share of the largest output."""
-    return float(np.abs(np.asarray(ours_BQD) - theirs_BQD).max() / np.abs(theirs_BQD).max())
-
-
 def same_weights(module: nnx.Module, config: CompressorConfig, one: Original) -> None:
     """The module gives back the published tensors bit by bit, and no others."""
     back = names.to_torch(names.flatten(module), config.names(one.widths))

