@@ -10,7 +10,7 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help ablate test every lint format pins clean
+.PHONY: help ablate test lint format pins clean
 
 help:  ## this list
 	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1|/' | awk -F'|' '{ printf "  make %-8s %s\n", $$1, $$2 }'
@@ -22,9 +22,6 @@ ablate: $(VENV)/core.stamp  ## prepare the digit boards, run the study num_queri
 
 test: $(VENV)/dev.stamp  ## every test, the slow ones too, one worker per core
 	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile
-
-every: $(VENV)/dev.stamp  ## what `make test` asks of some compressors only, of all
-	$(BIN)/python -m pytest -n logical --maxprocesses 8 -m every
 
 lint: $(VENV)/dev.stamp  ## formatting, lint, types, floors
 	$(BIN)/ruff format --check .

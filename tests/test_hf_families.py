@@ -17,13 +17,9 @@ from tcjax.vlm import VlmConfig
 from tests.hosted import IDENTITY, ROOT, a_model, a_run
 from tests.planted import noise, plant
 
-# One of each kind of input and output; `make every` asks all the others too, five minutes on two cores.
-OFTEN = ("avg_pool", "resampler", "qformer_text", "token_packer", "quecc", "chain", "learned_merge", "resize_image")
-EVERY = [pytest.param(name, marks=() if name in OFTEN else pytest.mark.every) for name in BOARDS]
-
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", BOARDS)
 def test_remote_code_holds_every_family_or_says_why_not(name, tmp_path, monkeypatch):
     """On the tower and the LLM of the boards; 16 tokens where the family can give them."""
     monkeypatch.setattr(hf_folder, "certify", lambda folder: hf_folder.judged(verify.check(folder, hashes=False)))
