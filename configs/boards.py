@@ -14,8 +14,8 @@ from tcjax.config import DataConfig, EvaluateConfig, Run, Source, TrainConfig
 from tcjax.vlm import VlmConfig
 
 PROJECTOR = "configs/boards_base/projector.safetensors"  # what the LLM was trained with
-BATCH = 8  # small batches and large steps: see experiments/num_queries/README.md
-TOLD_BATCH = 32  # one question a row instead of the thirteen of a board
+BATCH, PEAK_LR = 8, 5e-3  # small batches and large steps: see experiments/num_queries/README.md
+TOLD_BATCH, TOLD_PEAK_LR = 32, 2e-3  # one question a row, not a board's thirteen: see experiments/catalogue/README.md
 
 
 def compressed(
@@ -54,7 +54,7 @@ def compressed(
         ),
         train=TrainConfig(
             steps=steps,
-            peak_lr=5e-3,
+            peak_lr=TOLD_PEAK_LR if told else PEAK_LR,
             warmup=0.05,
             weight_decay=0.01,
             b2=0.98,
