@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from tcjax.compressors.base import Compressed, Compressor, Context, Widths, check_grid, handed_over, masked, visible
@@ -26,7 +25,7 @@ from tcjax.compressors.queries import GridConfig
 from tcjax.interop import lines
 from tcjax.interop.names import Name
 from tcjax.nn.mlp import projector
-from tcjax.nn.pool import averaging_grid, bin_means
+from tcjax.nn.pool import bin_means, bin_shares
 
 Order = Literal["pool, then mlp", "mlp, then pool"]
 
@@ -70,14 +69,14 @@ class AvgPool(Compressor):
 
     def __call__(self, tokens_BNC: jax.Array, context: Context = Context()) -> Compressed:
         check_grid(tokens_BNC, self.widths)
-        pool_QN, assign_BQN = averaging_grid(self.widths.grid_HW, self.pooled), None
+        grids, assign_BQN = (self.widths.grid_HW, self.pooled), None
         seen_BNC = visible(tokens_BNC, context)
         if self.mlp_first:
             projected_BND = masked(self.mlp(seen_BNC), context.valid_BN)  # the MLP of nothing is its bias
-            tokens_BQD, valid_BQ = bin_means(pool_QN, projected_BND, context.valid_BN)
+            tokens_BQD, valid_BQ = bin_means(projected_BND, context.valid_BN, *grids)
         else:
-            mean_BQC, valid_BQ = bin_means(pool_QN, seen_BNC, context.valid_BN)
+            mean_BQC, valid_BQ = bin_means(seen_BNC, context.valid_BN, *grids)
             tokens_BQD = self.mlp(mean_BQC)
         if context.assign:
-            assign_BQN = jnp.broadcast_to(pool_QN, (len(tokens_BNC), *pool_QN.shape))
+            assign_BQN = bin_shares(len(tokens_BNC), *grids)
         return handed_over(tokens_BQD, valid_BQ, assign_BQN, context)

@@ -37,7 +37,7 @@ from tcjax.nn.conv import Conv
 from tcjax.nn.dense import dense, small_normal
 from tcjax.nn.layers import run, stack
 from tcjax.nn.norm import LayerNorm
-from tcjax.nn.pool import averaging_grid, bin_means
+from tcjax.nn.pool import bin_means, bin_shares
 
 _EPS, _PRENORM_EPS = 1e-5, 1e-6
 _silu = ACTIVATIONS["silu"]
@@ -114,7 +114,7 @@ class CAbstractor(Compressor):
 
     def __call__(self, tokens_BNC: jax.Array, context: Context = Context()) -> Compressed:
         check_grid(tokens_BNC, self.widths)
-        pool_QN = averaging_grid(self.widths.grid_HW, self.pooled)
+        grids = self.widths.grid_HW, self.pooled
         x_BNC = visible(tokens_BNC, context)
         if self.prenorm is not None:
             x_BNC = self.prenorm(x_BNC)
@@ -122,12 +122,12 @@ class CAbstractor(Compressor):
             x_BNC = x_BNC + self.pos[...]
         if self.before is not None:
             x_BNC = self.before(x_BNC, context.valid_BN, self.widths.grid_HW)
-        x_BQC, valid_BQ = bin_means(pool_QN, masked(x_BNC, context.valid_BN), context.valid_BN)
+        x_BQC, valid_BQ = bin_means(masked(x_BNC, context.valid_BN), context.valid_BN, *grids)
         if self.after is not None:
             x_BQC = self.after(x_BQC, valid_BQ, self.pooled)
         for k, layer in enumerate(self.readout):
             x_BQC = layer(_silu(x_BQC) if k else x_BQC)
-        assign_BQN = jnp.broadcast_to(pool_QN, (len(tokens_BNC), *pool_QN.shape)) if context.assign else None
+        assign_BQN = bin_shares(len(tokens_BNC), *grids) if context.assign else None
         return handed_over(x_BQC, valid_BQ, assign_BQN, context)
 
 

@@ -57,7 +57,7 @@ from tcjax.nn.attention import attend
 from tcjax.nn.dense import dense, small_normal
 from tcjax.nn.layers import run, stack
 from tcjax.nn.norm import LayerNorm
-from tcjax.nn.pool import averaging_grid, bin_means
+from tcjax.nn.pool import bin_means
 
 _EPS = 1e-5
 _TARGETS = ("query", "tgt", "none")
@@ -185,8 +185,8 @@ class DAbstractor(Compressor):
         learned_BQI = jnp.broadcast_to(learned.astype(dtype), (B, *learned.shape))
         if self.target == "none":
             return learned_BQI[..., :E], learned_BQI[..., E:]
-        pool_QN = averaging_grid(self.widths.grid_HW, self.pooled)
-        pooled_BQE, _ = bin_means(pool_QN, masked(tokens_BNE, valid_BN).astype(dtype), valid_BN)
+        seen_BNE = masked(tokens_BNE, valid_BN).astype(dtype)
+        pooled_BQE, _ = bin_means(seen_BNE, valid_BN, self.widths.grid_HW, self.pooled)
         return (pooled_BQE, learned_BQI) if self.target == "query" else (learned_BQI, pooled_BQE)
 
 

@@ -31,7 +31,7 @@ from tcjax.compressors.queries import merge_factor
 from tcjax.interop.names import Name
 from tcjax.nn.dense import dense
 from tcjax.nn.norm import unit_scale
-from tcjax.nn.pool import averaging_grid, bin_means
+from tcjax.nn.pool import bin_means, bin_shares
 
 _EPS = 1e-6
 
@@ -77,10 +77,10 @@ class Gemma3Pool(Compressor):
 
     def __call__(self, tokens_BNC: jax.Array, context: Context = Context()) -> Compressed:
         check_grid(tokens_BNC, self.widths)
-        pool_QN, assign_BQN = averaging_grid(self.widths.grid_HW, self.pooled), None
-        mean_BQC, valid_BQ = bin_means(pool_QN, visible(tokens_BNC, context), context.valid_BN)
+        grids, assign_BQN = (self.widths.grid_HW, self.pooled), None
+        mean_BQC, valid_BQ = bin_means(visible(tokens_BNC, context), context.valid_BN, *grids)
         if context.assign:
-            assign_BQN = jnp.broadcast_to(pool_QN, (len(tokens_BNC), *pool_QN.shape))
+            assign_BQN = bin_shares(len(tokens_BNC), *grids)
         return handed_over(self.projection(self.norm(mean_BQC)), valid_BQ, assign_BQN, context)
 
 

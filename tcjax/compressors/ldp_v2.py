@@ -14,7 +14,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from tcjax.compressors.base import Compressed, Compressor, Context, Widths, check_grid, handed_over, masked, visible
@@ -24,7 +23,7 @@ from tcjax.interop.names import Name
 from tcjax.nn.conv import Conv
 from tcjax.nn.dense import torch_uniform
 from tcjax.nn.mlp import Mlp
-from tcjax.nn.pool import averaging_grid, bin_means
+from tcjax.nn.pool import bin_means, bin_shares
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,9 +59,9 @@ class LdpV2(Compressor):
 
     def __call__(self, tokens_BNC: jax.Array, context: Context = Context()) -> Compressed:
         check_grid(tokens_BNC, self.widths)
-        pool_QN = averaging_grid(self.widths.grid_HW, self.pooled)
+        grids = self.widths.grid_HW, self.pooled
         projected_BND = masked(self.mlp(visible(tokens_BNC, context)), context.valid_BN)
-        mean_BQD, valid_BQ = bin_means(pool_QN, projected_BND, context.valid_BN)
+        mean_BQD, valid_BQ = bin_means(projected_BND, context.valid_BN, *grids)
         near_BHWD = self.peg(mean_BQD.reshape(-1, *self.pooled, mean_BQD.shape[-1]))
-        assign_BQN = jnp.broadcast_to(pool_QN, (len(tokens_BNC), *pool_QN.shape)) if context.assign else None
+        assign_BQN = bin_shares(len(tokens_BNC), *grids) if context.assign else None
         return handed_over(mean_BQD + near_BHWD.reshape(mean_BQD.shape), valid_BQ, assign_BQN, context)

@@ -36,7 +36,7 @@ from tcjax.compressors.queries import merge_factor
 from tcjax.interop import lines
 from tcjax.interop.names import Name
 from tcjax.nn.mlp import projector
-from tcjax.nn.pool import averaging_grid, bin_means
+from tcjax.nn.pool import bin_means, bin_shares
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,11 +128,13 @@ class MatryoshkaPool(Compressor):
 
     def _at(self, pooled: tuple[int, int], projected_BND: jax.Array, context: Context):
         """One scale in the first of the Q slots: tokens, which are valid (None without a mask), shares if asked."""
-        pool_QN, spare = averaging_grid(self.widths.grid_HW, pooled), self.num_outputs - pooled[0] * pooled[1]
-        mean_BQD, valid_BQ = bin_means(pool_QN, projected_BND, context.valid_BN)
+        grids, spare = (self.widths.grid_HW, pooled), self.num_outputs - pooled[0] * pooled[1]
+        mean_BQD, valid_BQ = bin_means(projected_BND, context.valid_BN, *grids)
         mean_BQD = jnp.pad(mean_BQD, ((0, 0), (0, spare), (0, 0)))
         valid_BQ = None if valid_BQ is None else jnp.pad(valid_BQ, ((0, 0), (0, spare)))
-        share_BQN = jnp.pad(pool_QN, ((0, spare), (0, 0)))[None].repeat(len(mean_BQD), 0) if context.assign else None
+        share_BQN = None
+        if context.assign:
+            share_BQN = jnp.pad(bin_shares(len(mean_BQD), *grids), ((0, 0), (0, spare), (0, 0)))
         return mean_BQD, valid_BQ, share_BQN
 
 

@@ -24,7 +24,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from tcjax.compressors.base import (
@@ -44,7 +43,7 @@ from tcjax.interop.names import Name
 from tcjax.nn.dense import dense, torch_uniform
 from tcjax.nn.mlp import Mlp
 from tcjax.nn.norm import LayerNorm, RMSNorm
-from tcjax.nn.pool import averaging_grid, space_to_depth
+from tcjax.nn.pool import bin_shares, space_to_depth
 
 FormName = Literal["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_deepstack", "mistral3"]
 
@@ -153,8 +152,7 @@ class PatchMerger(Compressor):
             valid_BQ = self._gather(context.valid_BN[..., None]).any(-1)
         if context.assign:
             (H, W), s = self.widths.grid_HW, self.factor
-            block_QN = averaging_grid((H, W), (H // s, W // s))
-            assign_BQN = jnp.broadcast_to(block_QN, (len(tokens_BNC), *block_QN.shape))
+            assign_BQN = bin_shares(len(tokens_BNC), (H, W), (H // s, W // s))
         return handed_over(tokens_BQD, valid_BQ, assign_BQN, context)
 
     def _gather(self, tokens_BNC: jax.Array) -> jax.Array:

@@ -46,7 +46,7 @@ from tcjax.nn.conv import Conv
 from tcjax.nn.dense import dense, small_normal
 from tcjax.nn.mlp import projector
 from tcjax.nn.norm import LayerNorm
-from tcjax.nn.pool import averaging_grid, bin_means
+from tcjax.nn.pool import bin_means, bin_shares
 
 _EPS = 1e-6
 _LAYER_SCALE = 1e-6
@@ -139,12 +139,11 @@ class StagedPool(Compressor):
         x_BMC, valid_BM, assign_BMN = visible(tokens_BNC, context), context.valid_BN, None
         grids = (self.widths.grid_HW, *self.grids)
         for i, (before, after) in enumerate(itertools.pairwise(grids)):
-            pool_QM = averaging_grid(before, after)
             if context.assign:
-                share_BQM = shares(jnp.broadcast_to(pool_QM, (len(x_BMC), *pool_QM.shape)), valid_BM)
+                share_BQM = shares(bin_shares(len(x_BMC), before, after), valid_BM)
                 through = assign_BMN is not None
                 assign_BMN = jnp.einsum("BQM,BMN->BQN", share_BQM, assign_BMN) if through else share_BQM
-            x_BMC, valid_BM = bin_means(pool_QM, x_BMC, valid_BM)
+            x_BMC, valid_BM = bin_means(x_BMC, valid_BM, before, after)
             if i < len(self.blocks):
                 x_BMC = masked(self.blocks[i](x_BMC, after), valid_BM)
         return handed_over(self.mlp(x_BMC), valid_BM, assign_BMN, context)
