@@ -7,7 +7,7 @@
 Same machine, same process, same weights, same inputs. JAX, torch eager and torch.compile take turns; a turn is a few
 runs in a row, as steps of a training are, after one that does not count, which takes the memory the others gave back. The
 median of each is kept. The backward pass is by the parameters, as in training. `ratio` is the better torch time over ours:
-above 1 we are faster. Prints a table and writes JSON with commit, hardware and versions.
+above 1 we are faster. Prints a table; writes it as Markdown and, with commit, hardware and versions, as JSON.
 """
 
 from __future__ import annotations
@@ -161,20 +161,33 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def show(rows: dict[str, dict[str, Any]], title: str) -> None:
-    table = Table(title=title)
-    for column in ("compressor", "Q", "M param", "pass", "JAX ms", "torch ms", "torch.compile ms", "ratio"):
-        table.add_column(column, justify="left" if column in ("compressor", "pass") else "right")
+def table_of(rows: dict[str, dict[str, Any]]) -> list[list[str]]:
+    """A head, then one line for each compressor, milliseconds."""
+    passes = [(kind, key) for kind in ("forward", "backward") for key in ("jax", "torch", "torch.compile", "ratio")]
+    head = ["compressor", "Q", "M param", *(f"{kind} {key}" for kind, key in passes), "difference"]
+    lines = [head]
     for name, row in rows.items():
-        for kind in ("forward", "backward"):
-            times = row[kind]
-            cells = [f"{times[key]:.1f}" if key in times else "-" for key in ("jax", "torch", "torch.compile")]
-            head = [name, str(row["outputs"]), f"{row['parameters'] / 1e6:.1f}"] if kind == "forward" else ["", "", ""]
-            table.add_row(*head, kind, *cells, f"{times['ratio']:.2f}")
-    Console(width=120).print(table)
+        times = [(row[kind].get(key), 2 if key == "ratio" else 1) for kind, key in passes]
+        cells = ["-" if time is None else f"{time:.{digits}f}" for time, digits in times]
+        lines.append([name, str(row["outputs"]), f"{row['parameters'] / 1e6:.1f}", *cells, f"{row['difference']:.0e}"])
+    return lines
 
 
-def main() -> None:
+def show(lines: list[list[str]], title: str) -> None:
+    table = Table(title=title)
+    for column in lines[0]:
+        table.add_column(column, justify="left" if column == "compressor" else "right")
+    for line in lines[1:]:
+        table.add_row(*line)
+    Console(width=160).print(table)
+
+
+def markdown(lines: list[list[str]], title: str) -> str:
+    rule = ["---", *["---:"] * (len(lines[0]) - 1)]
+    return "\n".join([title, "", *(f"| {' | '.join(line)} |" for line in [lines[0], rule, *lines[1:]]), ""])
+
+
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="names of the catalogue, separated by commas")
     parser.add_argument("--batch", type=int, default=4)
@@ -183,7 +196,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20, help="per compressor and pass; one turn is always taken")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
     parser.add_argument("--out", type=Path, default=ROOT / "runs/benchmarks/compressors.json")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     wanted = [name for name in arguments.only.split(",") if name] or list(CATALOGUE)
     unknown = sorted(set(wanted) - set(CATALOGUE))
     if unknown:
@@ -204,7 +217,9 @@ def main() -> None:
         jax.clear_caches()
         torch.compiler.reset()
         gc.collect()
-    show(rows, f"batch {arguments.batch}, {arguments.dtype}, {facts['hardware']}; milliseconds, median")
+    title = f"Milliseconds, median; batch {arguments.batch}, {arguments.dtype}, {facts['hardware']}, commit {facts['commit']}"
+    show(table_of(rows), title)
+    arguments.out.with_suffix(".md").write_text(markdown(table_of(rows), title))
     print(arguments.out)
 
 

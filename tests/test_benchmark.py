@@ -1,0 +1,31 @@
+"""The benchmark times the same computation on both sides, and says which."""
+
+import json
+
+import pytest
+
+from benchmarks import compressors
+from tcjax.compressors import avg_pool, query_resampler
+from tests.compressor_cases import WIDTHS
+
+
+def test_both_sides_compute_the_same_and_the_table_has_both(tmp_path, monkeypatch, capsys):
+    told = query_resampler.Config(num_queries=6, width=16, heads=2, kv_heads=1, head_width=8)
+    monkeypatch.setattr(compressors, "WIDTHS", WIDTHS)
+    monkeypatch.setattr(
+        compressors, "CATALOGUE", {"avg_pool": lambda num: avg_pool.Config(num_queries=num), "told": lambda num: told}
+    )
+    compressors.main(["--no-compile", "--turns", "1", "--out", str(tmp_path / "table.json")])
+    recorded = json.loads((tmp_path / "table.json").read_text())
+    assert {"commit", "hardware", "torch", "batch", "dtype"} <= set(recorded["environment"])
+    assert {name: row["outputs"] for name, row in recorded["rows"].items()} == {"avg_pool": 16, "told": 6}
+    for row in recorded["rows"].values():
+        assert row["difference"] < 1e-5
+        for kind in ("forward", "backward"):
+            assert row[kind]["ratio"] == pytest.approx(
+                row[kind]["torch"] / row[kind]["jax"], rel=0.05
+            )  # all are rounded
+            assert "torch.compile" not in row[kind]
+    table = (tmp_path / "table.md").read_text()
+    assert "| avg_pool | 16 |" in table and "| told | 6 |" in table
+    assert "told" in capsys.readouterr().out
