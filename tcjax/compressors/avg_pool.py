@@ -9,7 +9,8 @@ without any is an invalid output.
 Source: Yao et al. 2024, "DeCo: Decoupling Token Compression from Semantic Abstraction", pools before LLaVA-1.5's
 projector; Cho et al. 2025, "PerceptionLM", pools after it (matryoshka_pool does so at several sizes at once).
 Departures: biases start at 0. depth=0 leaves the projection out, for chains of compressors.
-Cost: Q N C + Q (C D + D^2) multiplications per image, with the MLP first Q N D + N (C D + D^2); no parameters beyond it.
+Cost: Q (C D + D^2) multiplications per image, with the MLP first N (C D + D^2), and where bins overlap Q N C more, with
+the MLP first Q N D; no parameters beyond it.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ Source: Kamath et al. 2025, "Gemma 3 Technical Report"; `Gemma3MultiModalProject
 no bias, no activation; W is stored as it is multiplied, [C, D].
 Departures: transformers fills W with 0, a place for the checkpoint; here it starts as N(0, 1 / C). Rectangular grids.
 With padding the mean is over the block's valid tokens; a block without any is an invalid output.
-Cost: Q N C + Q C D multiplications per image.
+Cost: Q C D multiplications per image.
 """
 
 from __future__ import annotations

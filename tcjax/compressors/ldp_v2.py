@@ -6,7 +6,7 @@ Source: Chu et al. 2024, "MobileVLM V2: Faster and Stronger Baseline for Vision 
 tokens, weights as torch starts them. Bins are torch's AdaptiveAvgPool2d; no weight depends on their number.
 Departures: any grid and any h x w (published: a square of 12). Biases start at 0. With padding a bin's mean is over its
 valid tokens, the convolution reads 0 where a bin has none, and such a bin is an invalid output.
-Cost: N (C D + D^2) + Q N D + 9 Q D multiplications per image: the projection comes before the pooling.
+Cost: N (C D + D^2) + 9 Q D multiplications per image, Q N D more where bins overlap: the projection comes first.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ serves all. An active_B that is no scale gets the largest scale below it.
 Source: Cai et al. 2024, "Matryoshka Multimodal Models", scales 1, 9, 36, 144, 576 on a 24 x 24 grid.
 Departures: the original rounds k down, so that scale 100 silently gives 144 tokens; a scale that is no whole pooling is
 refused here. With padding the mean is over the block's valid tokens; a block without any is an invalid output.
-Cost: N (C D + D^2) + Q N D multiplications per image, with active_B the sum of the scales in place of Q.
+Cost: N (C D + D^2) multiplications per image: every scale is a mean of the same projected tokens.
 """
 
 from __future__ import annotations

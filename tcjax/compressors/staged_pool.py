@@ -13,7 +13,7 @@ Source: ours, to give "multi-stage pooling" a definite form. The block is that o
 hierarchy too: its own stages shrink by strided convolution. No published checkpoint has this composition.
 With padding every mean is over valid positions, convolutions read 0 at the others, and a position is valid if any that
 it averages is. In pictures the share is that of the averaging alone.
-Cost: per stage h w h' w' C, per block h w (k^2 C + 8 C^2), at the end Q (C D + D^2) multiplications per image.
+Cost: per stage whose bins overlap h w h' w' C, per block h w (k^2 C + 8 C^2), at the end Q (C D + D^2) multiplications per image.
 """
 
 from __future__ import annotations
