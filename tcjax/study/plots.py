@@ -34,17 +34,24 @@ def colours(rows: list[Row]) -> dict[str, str]:
     return {family: PALETTE[i % len(PALETTE)] for i, family in enumerate(others)} | dict.fromkeys(only_whole, REFERENCE)
 
 
+def crowded(rows: list[Row]) -> bool:
+    """Whether there are more compressors than colours to tell them apart."""
+    return len(colours(rows)) > len(PALETTE) + 1
+
+
+def panels(rows: list[Row]) -> dict[str, Callable[[Point], Estimate | None]]:
+    """{task: its accuracy at a point}, the mean of all first if there are several."""
+    names = tasks(rows)
+    measures = {task: lambda point, task=task: point.accuracy.get(task) for task in names}
+    return ({"mean of tasks": lambda point: point.mean_accuracy} if len(names) > 1 else {}) | measures
+
+
 def accuracy(rows: list[Row], path: Path) -> Path:
     """One small panel per task and one for their mean: accuracy against visual tokens, with intervals and chance."""
     made, colour = points(rows), colours(rows)
-    whole, names = reference(made), tasks(rows)
-    panels: dict[str, Callable[[Point], Estimate | None]] = {
-        task: lambda point, task=task: point.accuracy.get(task) for task in names
-    }
-    if len(names) > 1:
-        panels = {"mean of tasks": lambda point: point.mean_accuracy} | panels
-    columns = min(len(panels), 4 if len(panels) in (4, 7, 8) or len(panels) > 9 else 3)
-    lines = math.ceil(len(panels) / columns)
+    whole, asked = reference(made), panels(rows)
+    columns = min(len(asked), 4 if len(asked) in (4, 7, 8) or len(asked) > 9 else 3)
+    lines = math.ceil(len(asked) / columns)
     figure = Figure(figsize=(2.7 * columns + 0.4, 2.4 * lines + 0.75), dpi=DPI, layout="constrained")
     grid = list(figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True).flat)
     grouped = families(made)
@@ -52,11 +59,11 @@ def accuracy(rows: list[Row], path: Path) -> Path:
     squeezed = {family: its for family, its in squeezed.items() if its}
     # Families stand side by side, so that intervals at the same Q do not cover each other.
     shifts = {family: 2 ** (0.1 * (i - (len(squeezed) - 1) / 2)) for i, family in enumerate(squeezed)}
-    for i, (axes, (name, measure)) in enumerate(zip(grid, panels.items(), strict=False)):
+    for i, (axes, (name, measure)) in enumerate(zip(grid, asked.items(), strict=False)):
         estimates = {family: [(p, e) for p in its if (e := measure(p))] for family, its in squeezed.items()}
-        asked = max((e.n for p in made if (e := measure(p))), default=0)
+        questions = max((e.n for p in made if (e := measure(p))), default=0)
         axes.set_title(name, loc="left", fontsize=10.5, fontweight="bold", color=INK)
-        axes.set_title(f"n = {asked:,}", loc="right", fontsize=8, color=FAINT)
+        axes.set_title(f"n = {questions:,}", loc="right", fontsize=8, color=FAINT)
         if (guess := chance(rows, name)) is not None:
             axes.axhline(guess, color=FAINT, linestyle=":", linewidth=1.2, zorder=1)
         if whole and (estimate := measure(whole)):
@@ -67,19 +74,19 @@ def accuracy(rows: list[Row], path: Path) -> Path:
             _with_intervals(axes, at, [estimate for _, estimate in its], colour[family])
         style(axes)
         _token_axis(axes, [point.visual_tokens for point in made])
-        is_lowest = i + columns >= len(panels)
+        is_lowest = i + columns >= len(asked)
         axes.tick_params(labelbottom=is_lowest)
         if is_lowest:
             axes.set_xlabel("visual tokens (Q)", fontsize=9, color=INK)
         if i % columns == 0:
             axes.set_ylabel("exact match", fontsize=9, color=INK)
-    for axes in grid[len(panels) :]:
+    for axes in grid[len(asked) :]:
         axes.set_visible(False)
     handles = [_handle(colour[family], family) for family in squeezed]
     if whole:
         label = f"{whole.compressor}, all {whole.visual_tokens} tokens"
         handles.append(Line2D([], [], color=REFERENCE, linewidth=1.2, label=label))
-    if any(chance(rows, task) is not None for task in names):
+    if any(chance(rows, task) is not None for task in asked):
         handles.append(Line2D([], [], color=FAINT, linestyle=":", linewidth=1.2, label="chance"))
     figure.legend(
         handles=handles, loc="outside upper left", ncols=min(len(handles), 2 + columns), frameon=False, fontsize=9
@@ -89,7 +96,7 @@ def accuracy(rows: list[Row], path: Path) -> Path:
 
 def cost(rows: list[Row], path: Path) -> Path | None:
     """Mean accuracy against prefill FLOPs and against KV bytes; None if no row knows its cost."""
-    made, colour = points(rows), colours(rows)
+    made, colour, many = points(rows), colours(rows), crowded(rows)
     scales = {
         "prefill_flops": ("prefill FLOPs per question (2 × MACs, tower included)", _flops),
         "kv_bytes": ("KV cache per sequence", _bytes),
@@ -102,7 +109,7 @@ def cost(rows: list[Row], path: Path) -> Path | None:
         axes.set_xscale("log")
         for family, its_points in families(known[key]).items():
             at = [point.cost(key) or 0 for point in its_points]
-            _with_intervals(axes, at, [point.mean_accuracy for point in its_points], colour[family])
+            _with_intervals(axes, at, [point.mean_accuracy for point in its_points], FAINT if many else colour[family])
         style(axes)
         values = [point.cost(key) or 0 for point in known[key]]
         margin = (max(values) / min(values)) ** 0.09 * 1.02
@@ -112,10 +119,14 @@ def cost(rows: list[Row], path: Path) -> Path | None:
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _, form=form: form(value)))
         axes.set_xlabel(label, fontsize=9, color=INK)
-        _name_points(axes, known[key], key, colour)
+        if many:
+            _name_cheapest(axes, known[key], key)
+        else:
+            _name_points(axes, known[key], key, colour)
     figure.axes[0].set_ylabel("mean accuracy, 95 % interval", fontsize=9.5, color=INK)
-    handles = [_handle(c, family) for family, c in colour.items()]
-    figure.legend(handles=handles, loc="outside upper left", ncols=min(len(handles), 5), frameon=False, fontsize=9)
+    if not many:
+        handles = [_handle(c, family) for family, c in colour.items()]
+        figure.legend(handles=handles, loc="outside upper left", ncols=min(len(handles), 5), frameon=False, fontsize=9)
     return save(figure, path)
 
 
@@ -173,6 +184,32 @@ def _name_points(axes: Axes, made: list[Point], key: str, colour: dict[str, str]
             va="bottom" if is_best else "top",
             fontsize=8.5,
             color=colour[point.compressor],
+            path_effects=[withStroke(linewidth=2.5, foreground="white")],
+        )
+    axes.margins(y=0.14)
+
+
+def _name_cheapest(axes: Axes, made: list[Point], key: str) -> None:
+    """Of many points, those that nothing as cheap or cheaper beats; names that would meet move down."""
+    front: list[tuple[float, float, str]] = []
+    for point in sorted(made, key=lambda point: (point.cost(key) or 0, -point.mean_accuracy.mean)):
+        if not front or point.mean_accuracy.mean > front[-1][1]:
+            front.append((point.cost(key) or 0, point.mean_accuracy.mean, f"{point.compressor}, {point.visual_tokens}"))
+    low, high = axes.get_xlim()
+    free = math.inf
+    for at, height, name in reversed(front):
+        axes.plot(at, height, color=INK, marker="o", markersize=4.5, zorder=4)
+        free = min(height, free - 0.045)
+        is_left = math.log(at / low) < 0.4 * math.log(high / low)
+        axes.annotate(
+            name,
+            (at, free),
+            xytext=(7 if is_left else -7, 0),
+            textcoords="offset points",
+            ha="left" if is_left else "right",
+            va="center",
+            fontsize=8.5,
+            color=INK,
             path_effects=[withStroke(linewidth=2.5, foreground="white")],
         )
     axes.margins(y=0.14)

@@ -14,6 +14,7 @@ from tcjax.study import curves, looks, paired, plots
 from tcjax.study.html import Picture, html
 from tcjax.study.lints import lints
 from tcjax.study.markdown import markdown
+from tcjax.study.ranking import ranking
 from tcjax.study.rows import Row, read_for_report
 from tcjax.study.words import headline
 
@@ -32,12 +33,16 @@ def report(study: Path) -> dict[str, Path]:
     title = f"{study.resolve().name}: accuracy against visual tokens"
     verdicts = {row["run"]: paired.read(study / row["run"]) for row in rows}
     sentences, warnings = headline(rows, verdicts), [*lints(rows), *warnings]
-    written: dict[str, Path] = {"accuracy": plots.accuracy(rows, study / "plots" / "accuracy.png")}
+    written: dict[str, Path] = {
+        "accuracy": (ranking if plots.crowded(rows) else plots.accuracy)(rows, study / "plots" / "accuracy.png")
+    }
     drawn = [Picture(written["accuracy"], "Exact match per task against the visual tokens the LLM gets.")]
     if path := plots.cost(rows, study / "plots" / "cost.png"):
         written["cost"] = path
         drawn.append(
-            Picture(path, "Mean accuracy against prefill FLOPs and against KV cache; numbers are visual tokens.")
+            Picture(
+                path, "Mean accuracy against prefill FLOPs and against KV cache, with the numbers of visual tokens."
+            )
         )
     metrics = {row["run"]: _metrics(study / row["run"] / "metrics.jsonl") for row in rows}
     if path := curves.training(rows, metrics, study / "plots" / "training.png"):
