@@ -7,8 +7,8 @@
 Same machine, same process, same weights, same inputs. JAX, torch eager and torch.compile take turns; a turn is a few
 runs in a row, as steps of a training are, after one that does not count, which takes the memory the others gave back. The
 median of each is kept. The backward pass is by the parameters, as in training. `ratio` is the better torch time over ours:
-above 1 we are faster. The first row is one bare product of matrices, the tokens times a kernel of C x D: as fast as either
-framework gets here. Prints a table; writes it as Markdown and, with commit, hardware and versions, as JSON.
+above 1 we are faster. `mlp` is nothing but two products of matrices, so its ratio says how fast either framework multiplies
+here. Prints a table; writes it as Markdown and, with commit, hardware and versions, as JSON.
 """
 
 from __future__ import annotations
@@ -157,41 +157,6 @@ def one(config: CompressorConfig, widths: Widths, arguments: argparse.Namespace)
     return row
 
 
-def product(arguments: argparse.Namespace) -> dict[str, Any]:
-    """`one` of tokens times a kernel, and the kernel's derivative: how fast either framework multiplies matrices here."""
-    dtype, torch_dtype = jnp.dtype(arguments.dtype), getattr(torch, arguments.dtype)
-    device = torch.device("cuda" if torch.cuda.is_available() and arguments.dtype == "bfloat16" else "cpu")
-    random, rows, C, D = np.random.default_rng(0), arguments.batch * WIDTHS.num_tokens, WIDTHS.vision_C, WIDTHS.llm_D
-    shapes = (rows, C), (C, D), (rows, D)
-    arrays = [random.standard_normal(shape, np.float32) for shape in shapes]
-    x_NC, kernel_CD, target_ND = (jnp.asarray(array, dtype) for array in arrays)
-    x, kernel, target = (torch.from_numpy(array).to(device, torch_dtype) for array in arrays)
-    forward = jax.jit(jnp.matmul)
-    backward = jax.jit(jax.value_and_grad(lambda k, x, t: (x @ k * t).astype(jnp.float32).sum()))
-
-    def torch_forward() -> None:
-        torch.matmul(x, kernel)
-        _wait(device)
-
-    def torch_backward() -> None:
-        leaf = kernel.detach().requires_grad_()
-        (x @ leaf * target).sum().backward()
-        _wait(device)
-
-    ours, theirs = np.asarray(forward(x_NC, kernel_CD), np.float32), torch.matmul(x, kernel).float().cpu().numpy()
-    row: dict[str, Any] = {
-        "outputs": WIDTHS.num_tokens,
-        "parameters": C * D,
-        "difference": float(np.abs(ours - theirs).max() / np.abs(theirs).max()),
-    }
-    for kind, mine, other in (
-        ("forward", lambda: jax.block_until_ready(forward(x_NC, kernel_CD)), torch_forward),
-        ("backward", lambda: jax.block_until_ready(backward(kernel_CD, x_NC, target_ND)), torch_backward),
-    ):
-        row[kind] = ratio(measure({"jax": mine, "torch": other}, turns=arguments.turns, seconds=arguments.seconds))
-    return row
-
-
 def ratio(seconds: dict[str, float]) -> dict[str, float]:
     """Milliseconds of each, and the better torch time over ours."""
     best = min(time for name, time in seconds.items() if name != "jax")
@@ -244,7 +209,7 @@ def main(argv: list[str] | None = None) -> None:
     if unknown:
         parser.error(f"{unknown} are not in the catalogue; it has {list(CATALOGUE)}")
     facts = environment(ROOT) | {"torch": torch.__version__, "batch": arguments.batch, "dtype": arguments.dtype}
-    rows = {"(product)": product(arguments)}
+    rows: dict[str, dict[str, Any]] = {}
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     for name in wanted:
         found = configured(CATALOGUE[name])
