@@ -10,7 +10,7 @@ os.environ["XLA_FLAGS"] = " ".join(
         "--xla_force_host_platform_device_count=8",
         # Eight devices share a few cores: threads inside one operation only get in the way.
         "--xla_cpu_multi_thread_eigen=false",
-        # Most of a test's time is XLA compiling something tiny: unoptimised, that takes a fifth.
+        # Most of a test's time is XLA compiling something tiny: unoptimised, that takes a quarter.
         "--xla_backend_optimization_level=0",
         "--xla_cpu_use_fusion_emitters=false",
         "--xla_cpu_parallel_codegen_split_count=1",

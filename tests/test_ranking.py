@@ -19,6 +19,8 @@ def drawn(monkeypatch):
 def test_nine_compressors_are_too_many_for_eight_colours():
     assert plots.crowded(MANY)
     assert not plots.crowded(MANY[:11])  # the reference and eight others
+    assert plots.crowded(MANY[1:12])  # nine and no reference
+    assert not plots.crowded(MANY[1:11])
 
 
 def test_the_best_stands_at_the_top_and_each_point_at_its_accuracy(drawn, tmp_path):

@@ -36,7 +36,7 @@ def colours(rows: list[Row]) -> dict[str, str]:
 
 def crowded(rows: list[Row]) -> bool:
     """Whether there are more compressors than colours to tell them apart."""
-    return len(colours(rows)) > len(PALETTE) + 1
+    return sum(colour != REFERENCE for colour in colours(rows).values()) > len(PALETTE)
 
 
 def panels(rows: list[Row]) -> dict[str, Callable[[Point], Estimate | None]]:
