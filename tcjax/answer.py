@@ -28,6 +28,7 @@ from tcjax.evaluate.cost import cost
 from tcjax.evaluate.generate import make_generate, make_prefill
 from tcjax.evaluate.scores import Answer, exact_match, is_right, mean_accuracy, token_accuracy
 from tcjax.job import tower_features
+from tcjax.pipeline import images as pictures
 from tcjax.pipeline.chat import Chat, fitted, load_tokenizer
 from tcjax.pipeline.images import CorruptImage
 from tcjax.pipeline.input import TooManyCorrupt
@@ -149,7 +150,7 @@ class Images:
         if self._features is not None:
             return bool(np.isfinite(self._features[index, 0, 0]))
         try:
-            self._prepared.image(index, self._pixels)
+            pictures.of(self._prepared[index], self._pixels)
         except CorruptImage:
             return False
         return True
@@ -166,7 +167,7 @@ class Images:
 
     def pixels(self, index_B: np.ndarray) -> np.ndarray:
         """float32 images_BYX3, normalised."""
-        return np.stack([self._prepared.image(int(index), self._pixels) for index in index_B])
+        return np.stack([pictures.of(self._prepared[int(index)], self._pixels) for index in index_B])
 
     def of(self, index_B: np.ndarray) -> dict[str, np.ndarray]:
         if self._features is None:
@@ -213,7 +214,7 @@ def looks(model: Vlm, run: Run, *, root: Path, out: Path, boards: int = 4) -> Pa
         with contextlib.suppress(CorruptImage):
             question = prepared[index].turns[0].question if config.reads_text else ""
             name = f"{prepared[index].image_id}: {question}" if question else prepared[index].image_id
-            shown.append((name, prepared.image(index, config.tower.pixels)))
+            shown.append((name, pictures.of(prepared[index], config.tower.pixels)))
             told.append(fitted(chat.instruction(question), run.data.instruction_length))
         if len(shown) == boards:
             break

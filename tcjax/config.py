@@ -20,13 +20,30 @@ class Pixels:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
-    """One dataset of a mixture. path: the folder with the builder; its prepared shards lie in `path/prepared`.
+class Template:
+    """The strings between the spans. image and pad must be one token each, the others may be several ("USER: ")."""
 
+    begin: str = "<bos>"
+    image: str = "<image>"
+    user: str = "<user>"
+    assistant: str = "<assistant>"
+    end: str = "<end>"
+    pad: str = "<pad>"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """One dataset of a mixture.
+
+    path: a dataset folder, whose prepared shards lie in `path/prepared`, or a published file or folder of another format.
+    format: who reads it (tcjax/pipeline/source.py); "" follows from the path.
+    images: the folder below which the image paths of a published file lie; "" is the file's own folder.
     split: a TFDS split, slices included ("train[:4000]"). weight: share of the mixture, relative to the others.
     """
 
     path: str
+    format: str = ""
+    images: str = ""
     split: str = "train"
     weight: float = 1.0
 

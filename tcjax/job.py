@@ -29,6 +29,7 @@ from tcjax.config import Run, Source
 from tcjax.evaluate.cost import training_flops
 from tcjax.interop import names
 from tcjax.interop.mismatch import mismatch
+from tcjax.pipeline import images
 from tcjax.pipeline.images import CorruptImage
 from tcjax.pipeline.input import make_input
 from tcjax.pipeline.source import open_source
@@ -97,7 +98,7 @@ def tower_features(
 
     def read(index: int) -> np.ndarray | None:
         try:
-            return prepared.image(index, config.tower.pixels)
+            return images.of(prepared[index], config.tower.pixels)
         except CorruptImage:
             return None
 

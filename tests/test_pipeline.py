@@ -151,9 +151,9 @@ def test_a_batch_holds_what_lies_on_disk(project):
     assert batch.patch_labels_BNL is None
     for b, index in enumerate(batch.index_B):
         record = prepared[int(index)]
-        with Image.open(io.BytesIO(record.image)) as image:
+        with Image.open(io.BytesIO(record.images[0])) as image:
             np.testing.assert_allclose(batch.images_BYX3[b], np.asarray(image) / 127.5 - 1, atol=1e-6)
-        np.testing.assert_array_equal(batch.images_BYX3[b], prepared.image(int(index), PIXELS))
+        np.testing.assert_array_equal(batch.images_BYX3[b], images.of(record, PIXELS))
         row = chat.render(record.turns, num_queries=Q, text_length=144)
         for name in ("tokens", "is_image", "supervised", "valid"):
             np.testing.assert_array_equal(getattr(batch, f"{name}_BS")[b], getattr(row, f"{name}_S"))

@@ -11,7 +11,6 @@ trailing turns, never image positions and never half an answer; `Rendered.droppe
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -19,22 +18,24 @@ from typing import NamedTuple
 import numpy as np
 from tokenizers import Tokenizer
 
-
-@dataclass(frozen=True, kw_only=True)
-class Template:
-    """The strings between the spans. image and pad must be one token each, the others may be several ("USER: ")."""
-
-    begin: str = "<bos>"
-    image: str = "<image>"
-    user: str = "<user>"
-    assistant: str = "<assistant>"
-    end: str = "<end>"
-    pad: str = "<pad>"
+from tcjax.config import Template
+from tcjax.pipeline.sample import Turn
 
 
-class Turn(NamedTuple):
-    question: str
-    answer: str
+class Composed(NamedTuple):
+    """A conversation as ids, not padded. turn: 0 for begin mark and image, then 1, 2, ... per turn.
+
+    num_images: whose Q positions each are among the ids. dropped: turns that did not fit.
+    instruction: ids of the kept turns' questions alone, without marks, one after another.
+    """
+
+    ids: list[int]
+    is_image: list[bool]
+    supervised: list[bool]
+    turn: list[int]
+    num_images: int
+    dropped: int = 0
+    instruction: tuple[int, ...] = ()
 
 
 class Rendered(NamedTuple):
@@ -88,19 +89,22 @@ class Chat:
         """What closes an answer; generation stops here."""
         return self._end
 
-    def render(self, turns: Sequence[Turn], *, num_queries: int, text_length: int, name: str = "") -> Rendered:
-        """A training row; right-padded.
+    def compose(
+        self, turns: Sequence[Turn], *, num_queries: int, text_length: int, num_images: int = 1, name: str = ""
+    ) -> Composed:
+        """A conversation as it is trained on; every answer is supervised together with its end mark.
 
         Args:
-            turns: question and answer each; every answer is supervised together with its end mark.
-            num_queries: Q, image positions; 0 renders a conversation without image.
+            num_queries: Q, positions per image; 0 leaves the images out.
+            text_length: the most positions beside those of images.
+            num_images: of the sample; 0 is text alone.
             name: of the sample, for error messages.
 
         Raises:
             ValueError: no answer fits into `text_length`, or a word is unknown to the tokenizer.
         """
         ids, supervised, kept = list(self._begin), [False] * len(self._begin), 0
-        segment, instruction = [0] * len(self._begin), ()
+        turn, instruction = [0] * len(self._begin), ()
         for question, answer in turns:
             asked = self._question(question)
             said = (*self.encode(answer), *self._end)
@@ -110,22 +114,32 @@ class Chat:
             supervised += [False] * len(asked) + [True] * len(said)
             kept += 1
             instruction += self.instruction(question)
-            segment += [kept] * (len(asked) + len(said))
+            turn += [kept] * (len(asked) + len(said))
         if not kept:
             raise ValueError(
                 f"sample {name!r} has {len(turns)} turns and none fits: no supervised token within "
                 f"text_length={text_length}. Raise DataConfig.text_length or drop the sample."
             )
-        S, start, image = num_queries + text_length, len(self._begin), [self.image_id] * num_queries
+        start, visual = len(self._begin), num_queries * num_images
+        return Composed(
+            ids[:start] + [self.image_id] * visual + ids[start:],
+            [False] * start + [True] * visual + [False] * (len(ids) - start),
+            supervised[:start] + [False] * visual + supervised[start:],
+            turn[:start] + [0] * visual + turn[start:],
+            num_images,
+            len(turns) - kept,
+            instruction,
+        )
+
+    def render(self, turns: Sequence[Turn], *, num_queries: int, text_length: int, name: str = "") -> Rendered:
+        """A training row of one conversation with its image, right-padded to Q + text_length; raises as `compose`."""
+        row = self.compose(turns, num_queries=num_queries, text_length=text_length, name=name)
+        S, end = num_queries + text_length, len(row.ids)
         tokens_S, supervised_S = np.full(S, self.pad_id, np.int32), np.zeros(S, bool)
         is_image_S, valid_S, segment_S = np.zeros(S, bool), np.zeros(S, bool), np.zeros(S, np.int32)
-        end = num_queries + len(ids)
-        tokens_S[:end] = ids[:start] + image + ids[start:]
-        supervised_S[num_queries + start : end] = supervised[start:]
-        is_image_S[start : start + num_queries] = True
-        valid_S[:end] = True
-        segment_S[num_queries + start : end] = segment[start:]
-        return Rendered(tokens_S, is_image_S, supervised_S, valid_S, segment_S, len(turns) - kept, instruction)
+        tokens_S[:end], supervised_S[:end], is_image_S[:end] = row.ids, row.supervised, row.is_image
+        valid_S[:end], segment_S[:end] = True, row.turn
+        return Rendered(tokens_S, is_image_S, supervised_S, valid_S, segment_S, row.dropped, row.instruction)
 
     def render_question(self, question: str, *, num_queries: int) -> list[int]:
         """Prompt ids up to and including the assistant mark, image placeholders included."""

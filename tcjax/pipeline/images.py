@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from tcjax.config import Pixels
+from tcjax.pipeline.sample import Record
 
 
 class CorruptImage(ValueError):
@@ -37,6 +38,11 @@ def decode(encoded: bytes, pixels: Pixels, image_id: str) -> np.ndarray:
             return np.array(rgb)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise CorruptImage(image_id, f"{type(error).__name__}: {error}") from error
+
+
+def of(record: Record, pixels: Pixels) -> np.ndarray:
+    """float32 normalised image_YX3 of a record's first image; CorruptImage if it cannot be read."""
+    return normalise(decode(record.images[0], pixels, record.image_id), pixels)
 
 
 def normalise(images_BYX3: np.ndarray, pixels: Pixels) -> np.ndarray:

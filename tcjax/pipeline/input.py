@@ -20,7 +20,8 @@ from tcjax.batch import Batch
 from tcjax.config import DataConfig, Pixels
 from tcjax.pipeline import images
 from tcjax.pipeline.chat import Chat, Template, fitted, load_tokenizer
-from tcjax.pipeline.source import Prepared, Record, open_source
+from tcjax.pipeline.sample import Record, Records
+from tcjax.pipeline.source import open_source
 
 LABELS = ("digit_cells", "colour_cells")
 
@@ -41,7 +42,7 @@ class Samples:
 
     def __init__(
         self,
-        prepared: Prepared,
+        prepared: Records,
         chat: Chat,
         data: DataConfig,
         pixels: Pixels,
@@ -94,7 +95,7 @@ class Samples:
             turns = [turns[i] for i in chosen]
         image_YX3 = features_NC = labels_NL = None
         if self.features is None:
-            image_YX3 = images.decode(record.image, self.pixels, record.image_id)
+            image_YX3 = images.decode(record.images[0], self.pixels, record.image_id)
         else:
             features_NC = np.asarray(self.features[index])
             if np.isnan(features_NC[0, 0]):

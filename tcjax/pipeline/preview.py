@@ -17,7 +17,7 @@ from PIL import Image
 from tcjax.config import Pixels
 from tcjax.pipeline import images
 from tcjax.pipeline.chat import Chat, Rendered
-from tcjax.pipeline.source import Prepared
+from tcjax.pipeline.sample import Records
 
 _STYLE = """
 body { font: 15px/1.6 system-ui, sans-serif; margin: 2rem auto; max-width: 60rem; color: #222; }
@@ -28,7 +28,7 @@ b { background: #fde68a; font-weight: 600; padding: 0 .15em; } i { color: #888; 
 
 
 def preview(
-    prepared: Prepared,
+    prepared: Records,
     chat: Chat,
     pixels: Pixels,
     out: Path,
@@ -41,7 +41,7 @@ def preview(
     sections = []
     for index in rows:
         record = prepared[index]
-        image_YX3 = images.decode(record.image, pixels, record.image_id)
+        image_YX3 = images.decode(record.images[0], pixels, record.image_id)
         png = io.BytesIO()
         Image.fromarray(image_YX3).save(png, "PNG")
         rendered = chat.render(record.turns, num_queries=num_queries, text_length=text_length, name=record.image_id)

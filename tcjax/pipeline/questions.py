@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tcjax.pipeline.chat import Chat, fitted
-from tcjax.pipeline.source import Prepared
+from tcjax.pipeline.sample import Records
 
 
 class EvaluationSet(NamedTuple):
@@ -52,7 +52,7 @@ class EvaluationSet(NamedTuple):
 
 
 def questions(
-    prepared: Prepared, chat: Chat, *, num_queries: int, boards: int = 0, tasks: tuple[str, ...] = ()
+    prepared: Records, chat: Chat, *, num_queries: int, boards: int = 0, tasks: tuple[str, ...] = ()
 ) -> EvaluationSet:
     """Every board's first question of each task.
 

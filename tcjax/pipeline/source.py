@@ -1,123 +1,32 @@
-"""A prepared dataset as random access: split "train[:4000]" of `folder/prepared` -> record i, without TensorFlow.
-
-What every dataset has, by name: `image` (encoded bytes), `image_id`, `turns` (a sequence of question and answer, and
-where scores are wanted task and chance). Integer grids named `*_cells`, where a dataset has them, are dense labels.
-Opening checks that every shard is there and holds the records dataset_info.json promises; only footers are read.
-"""
+"""A `Source` of the mixture -> its `Records`: the format decides who reads it."""
 
 from __future__ import annotations
 
-import contextlib
-from functools import cached_property
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
 
-import numpy as np
-import tensorflow_datasets as tfds
-from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]  # compiled
+from tcjax.config import Source
+from tcjax.pipeline.readers.prepared import BrokenShard, open_prepared
+from tcjax.pipeline.sample import Record, Records, Turn
 
-from tcjax.config import Pixels, Source
-from tcjax.pipeline import images
-from tcjax.pipeline.chat import Turn
-from tcjax.pipeline.prepare import PREPARED
+__all__ = ["BrokenShard", "Record", "Records", "Turn", "open_source"]
+
+READERS: dict[str, Callable[[Path, Source], Records]] = {"prepared": open_prepared}
 
 
-class BrokenShard(ValueError):
-    """A shard is missing or cut short; the message names the file."""
-
-
-class Record(NamedTuple):
-    """One sample as it lies on disk. fields: the dataset's other features."""
-
-    image: bytes
-    image_id: str
-    turns: list[Turn]
-    fields: dict[str, Any]
-
-
-class Prepared:
-    """Random access to one split; `len()` is the number of records. name: of dataset, config and version."""
-
-    def __init__(self, folder: Path, split: str):
-        self.folder, self.split = folder, split
-        builder: Any = tfds.builder_from_directory(str(folder))  # TFDS's decorators hide signatures from type checkers
-        self.name: str = builder.info.full_name
-        known = builder.info.splits
-        try:
-            shards = known[split].file_instructions
-        except Exception as error:  # TFDS raises ValueError, AssertionError and its own for what is a typo
-            raise ValueError(
-                f"{split!r} is not a split of {folder}; it has {sorted(known)}, and slices such as 'train[:100]'."
-            ) from error
-        if not shards:
-            raise ValueError(f"{split!r} of {folder} is empty.")
-        for shard in shards:
-            _check_shard(Path(shard.filename), shard.examples_in_shard)
-        self._shards = shards
-        decoders: Any = {"image": tfds.decode.SkipDecoding()}
-        self._records = builder.as_data_source(split=split, decoders=decoders)
-
-    def __len__(self) -> int:
-        return len(self._records)
-
-    def __getitem__(self, index: int) -> Record:
-        try:
-            fields = dict(self._records[index])
-        except RuntimeError as error:  # the reader's checksum of the chunk
-            raise BrokenShard(
-                f"record {index} of {self.split!r} is damaged in {self._shard_of(index)}: {error}"
-            ) from error
-        image, image_id, turns = fields.pop("image"), fields.pop("image_id").decode(), fields.pop("turns")
-        text = zip(turns["question"], turns["answer"], strict=True)
-        fields |= {name: values for name, values in turns.items() if name not in ("question", "answer")}
-        return Record(image, image_id, [Turn(question.decode(), answer.decode()) for question, answer in text], fields)
-
-    def image(self, index: int, pixels: Pixels) -> np.ndarray:
-        """float32 normalised image_YX3 of record `index`; CorruptImage if it cannot be read."""
-        record = self[index]
-        return images.normalise(images.decode(record.image, pixels, record.image_id), pixels)
-
-    def _shard_of(self, index: int) -> Path:
-        for shard in self._shards:
-            if index < shard.take:
-                return Path(shard.filename)
-            index -= shard.take
-        raise AssertionError(index)
-
-    @cached_property
-    def label_names(self) -> tuple[str, ...]:
-        """The dense labels this dataset has."""
-        return tuple(name for name in self[0].fields if name.endswith("_cells"))
-
-
-def open_source(root: Path, source: Source) -> Prepared:
-    """The prepared shards of a source.
+def open_source(root: Path, source: Source) -> Records:
+    """Random access to a source. `source.format` says who reads it; "" follows from the path.
 
     Raises:
-        ValueError: not prepared yet, or no such split.
+        ValueError: the path, the split or the format is unknown.
         BrokenShard: a shard is missing or cut short.
     """
-    place = root / source.path / PREPARED
-    found = sorted(path.parent for path in place.rglob("dataset_info.json") if "incomplete." not in str(path))
-    if not found:
-        raise ValueError(f"{place} holds no prepared dataset; run: tcjax data prepare {source.path}")
-    if len(found) > 1:
-        raise ValueError(
-            f"{place} holds several prepared datasets: {[str(path) for path in found]}; remove all but one."
-        )
-    return Prepared(found[0], source.split)
+    kind = source.format or _guess(root / source.path)
+    if kind not in READERS:
+        raise ValueError(f"Source.format={kind!r} is unknown; possible: {sorted(READERS)}.")
+    return READERS[kind](root, source)
 
 
-def _check_shard(path: Path, promised: int) -> None:
-    remedy = "remove the prepared folder and run `tcjax data prepare` again."
-    if not path.is_file():
-        raise BrokenShard(f"shard {path} is missing; {remedy}")
-    reader = array_record_module.ArrayRecordReader(str(path))
-    held = reader.num_records()  # 0, without complaint, of a file that lost its footer
-    with contextlib.suppress(RuntimeError):  # complains of the same, but only now and not always
-        reader.close()
-    if held != promised:
-        raise BrokenShard(
-            f"shard {path} is damaged: {promised} records promised, {held} readable in {path.stat().st_size} bytes; "
-            f"{remedy}"
-        )
+def _guess(path: Path) -> str:
+    """The format that a path's suffix, or what lies in its folder, speaks for."""
+    return "prepared"

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from tcjax.config import Pixels
 from tcjax.pipeline import images
 from tcjax.pipeline.chat import Chat
-from tcjax.pipeline.source import Prepared, Record
+from tcjax.pipeline.sample import Record, Records
 
 
 @dataclass(kw_only=True)
@@ -40,7 +40,7 @@ class Report:
 
 
 def verify(
-    prepared: Prepared,
+    prepared: Records,
     chat: Chat,
     pixels: Pixels,
     *,
@@ -65,7 +65,8 @@ def verify(
 
 def _examine(record: Record, report: Report, chat: Chat, pixels: Pixels, text_length: int) -> None:
     try:
-        images.decode(record.image, pixels, record.image_id)
+        for encoded in record.images:
+            images.decode(encoded, pixels, record.image_id)
     except images.CorruptImage:
         report.corrupt_images.append(record.image_id)
     unknown = Counter(word for turn in record.turns for text in turn for word in _unknown(text, chat))

@@ -1,0 +1,1 @@
+"""One file per format on disk -> `Records` (tcjax/pipeline/sample.py)."""

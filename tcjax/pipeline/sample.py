@@ -1,0 +1,39 @@
+"""What a dataset hands over, whatever its format: records of encoded images and a conversation, by random access."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+
+class Turn(NamedTuple):
+    """question may hold `<image>` marks as published; without any, the record's images come before the first turn."""
+
+    question: str
+    answer: str
+
+
+class Record(NamedTuple):
+    """One sample as it lies on disk. images: encoded bytes, () of a text-only sample. fields: the dataset's others."""
+
+    images: tuple[bytes, ...]
+    image_id: str
+    turns: list[Turn]
+    fields: dict[str, Any]
+
+
+class Records(Protocol):
+    """Random access to one split of one source; `len()` is the number of records.
+
+    name: of dataset, configuration and version. folder, split: where it lies, for messages.
+    label_names: dense labels its records carry (integer grids, by field).
+    """
+
+    name: str
+    folder: Path
+    split: str
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> Record: ...
+    @property
+    def label_names(self) -> tuple[str, ...]: ...
