@@ -1,7 +1,7 @@
 """Finds what a user names on the command line: `configs/boards.py:resampler` is a function in a file, in a project.
 
 The project's root is the nearest folder above the file that holds a pyproject.toml, a .git or a configs/ folder (else the
-file's own folder). Config files import their neighbours from the root (`from configs import models`), and relative paths
+file's own folder). Config files import their neighbours from the root (`from configs import towers`), and relative paths
 inside configs are relative to it, so a project works the same from any working directory.
 """
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from configs import models
+from configs import llms, towers
 from tcjax.batch import Batch
 from tcjax.compressors import avg_pool, mlp, resampler
 from tcjax.compressors.base import Widths
@@ -76,24 +76,24 @@ def abstract(config):
     ],
 )
 def test_vicuna_7b_prefill_is_the_published_table(tokens, tera_macs):
-    assert round(llm_flops(models.vicuna_7b(), tokens).total / 2e12, 3) == tera_macs
+    assert round(llm_flops(llms.vicuna_7b(), tokens).total / 2e12, 3) == tera_macs
 
 
 def test_clip_l_336_is_the_published_190_6_giga_macs():
-    whole = models.clip_l_336(feature_layer=-1)
+    whole = towers.clip_l_336(feature_layer=-1)
     embedding = 2 * 576 * 3 * 14**2 * 1024
     assert round((tower_flops(whole).total - embedding) / 2e9, 1) == 190.6
-    assert tower_flops(models.clip_l_336()).total < tower_flops(whole).total, "LLaVA reads before the last block"
+    assert tower_flops(towers.clip_l_336()).total < tower_flops(whole).total, "LLaVA reads before the last block"
 
 
 @pytest.mark.parametrize(
     ("llm", "tokens", "size"),
     [
-        (models.vicuna_7b(), 576, 301_989_888),
-        (models.vicuna_7b(), 36, 18_874_368),
-        (models.qwen2_5_0_5b(), 256, 3 * 2**20),
-        (models.qwen3_0_6b(), 144, 63 * 2**18),
-        (models.smollm2_135m(), 64, 1_474_560),
+        (llms.vicuna_7b(), 576, 301_989_888),
+        (llms.vicuna_7b(), 36, 18_874_368),
+        (llms.qwen2_5_0_5b(), 256, 3 * 2**20),
+        (llms.qwen3_0_6b(), 144, 63 * 2**18),
+        (llms.smollm2_135m(), 64, 1_474_560),
     ],
 )
 def test_kv_bytes_count_key_value_heads(llm, tokens, size):
@@ -187,7 +187,7 @@ def test_the_bill_adds_up():
 
 
 def test_a_big_model_is_billed_without_building_it():
-    big = VlmConfig(tower=models.clip_l_336(), compressor=resampler.Config(num_queries=64), llm=models.vicuna_7b())
+    big = VlmConfig(tower=towers.clip_l_336(), compressor=resampler.Config(num_queries=64), llm=llms.vicuna_7b())
     bill = cost(big, text_tokens=64)
     assert bill.ratio == 9
     assert bill.visual_kv_bytes == 64 * 524_288

@@ -16,7 +16,7 @@ import transformers
 from flax import nnx
 from safetensors.numpy import load_file
 
-from configs import models
+from configs import llms
 from tcjax.interop import names
 from tcjax.llms import decoder
 from tcjax.llms.decoder import Decoder, LlmConfig
@@ -283,7 +283,7 @@ def test_rotation_by_hand():
 
 def test_frequencies_are_those_of_the_published_llama_3_2():
     """transformers' own table at the real head width and scaling, to the last bit but one."""
-    cfg = models.llama_3_2_1b()
+    cfg = llms.llama_3_2_1b()
     config = transformers.LlamaConfig(
         head_dim=64,
         rope_parameters={
@@ -326,11 +326,11 @@ def test_wrong_shapes_say_why():
 @pytest.mark.parametrize(
     "preset, parameters",
     [
-        (models.vicuna_7b, 6_738_415_616),
-        (models.llama_3_2_1b, 1_235_814_400),
-        (models.qwen2_5_0_5b, 494_032_768),
-        (models.qwen3_0_6b, 596_049_920),
-        (models.smollm2_135m, 134_515_008),
+        (llms.vicuna_7b, 6_738_415_616),
+        (llms.llama_3_2_1b, 1_235_814_400),
+        (llms.qwen2_5_0_5b, 494_032_768),
+        (llms.qwen3_0_6b, 596_049_920),
+        (llms.smollm2_135m, 134_515_008),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )

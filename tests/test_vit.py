@@ -14,7 +14,7 @@ import transformers
 from flax import nnx
 from safetensors.numpy import load_file
 
-from configs import models
+from configs import towers
 from tcjax.config import Pixels
 from tcjax.interop import names
 from tcjax.towers import vit
@@ -234,10 +234,10 @@ def test_images_of_another_size_say_why():
 @pytest.mark.parametrize(
     "cfg, grid_HW, parameters",
     [
-        (models.clip_l_336(feature_layer=-1), (24, 24), 303_507_456 - 2 * 1024),  # without post_layernorm
+        (towers.clip_l_336(feature_layer=-1), (24, 24), 303_507_456 - 2 * 1024),  # without post_layernorm
         # The published 428,225,600 hold a pooling head: a probe, attention, a norm and an MLP.
         (
-            models.siglip_so400m_384(),
+            towers.siglip_so400m_384(),
             (27, 27),
             428_225_600 - (1152 + 4 * 1152 * 1153 + 2 * 1152 + 2 * 1152 * 4304 + 4304 + 1152),
         ),
