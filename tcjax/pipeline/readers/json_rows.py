@@ -96,6 +96,9 @@ def _scan_list(path: Path, file: BinaryIO) -> array:
         starts.append(start)
         pieces.skip(_SPACE)
     starts.append(pieces.position)
+    pieces.skip(_SPACE)
+    if pieces.peek():
+        raise _damaged(path, len(starts) - 1, pieces.position, "something follows the list")
     return starts
 
 
