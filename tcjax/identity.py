@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable
+from glob import escape, glob
 from pathlib import Path
 
 import yaml
@@ -53,7 +54,8 @@ def dataset(root: Path, text: str) -> str:
     if path.is_file():
         return _mixture(root, path) if path.suffix in (".yaml", ".yml") else _file(path)
     if not path.is_dir():
-        counted = sorted(root.glob(re.sub(r"\{[^{}]*\}", "*", text))) if "{" in text and not path.is_absolute() else []
+        # Every file that the braces could mean: one too many is only too careful.
+        counted = sorted(map(Path, glob(re.sub(r"\{[^{}]*\}", "*", escape(str(path)))))) if "{" in text else []
         return _joined(f"{file.name} {_file(file)}" for file in counted)
     known = content(root, text) or _joined(map(file_hash, path.glob("records.json")))
     if known:

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from tcjax.config import Source
-from tcjax.pipeline import store as storing
 from tcjax.pipeline.readers.stored import MANIFEST, pack, unpack
 from tcjax.pipeline.sample import BadSample, BrokenShard, Record, Turn
 from tcjax.pipeline.source import open_source
@@ -170,4 +169,3 @@ def test_damaged_stored_records_are_named(project, tmp_path):
     (out / MANIFEST).write_text(json.dumps(facts | {"version": 9}))
     with pytest.raises(ValueError, match="is of version 9; this tcjax reads 1"):
         opened(tmp_path, "out")
-    assert storing.SHARD == 4096
