@@ -13,7 +13,8 @@ from tcjax.config import Source
 from tcjax.pipeline.readers import json_rows
 from tcjax.pipeline.readers.files import expand
 from tcjax.pipeline.readers.picked import pick
-from tcjax.pipeline.source import Record, Turn, format_of, open_source
+from tcjax.pipeline.sample import outline
+from tcjax.pipeline.source import BadSample, Record, Turn, format_of, open_source
 from tests.published import (
     fine_vision_rows,
     image,
@@ -318,6 +319,20 @@ def test_coco_captions_of_tfds(tmp_path):
 # all of them
 
 
+def test_an_outline_needs_no_image(tmp_path):
+    rows = mix_rows()
+    path = write_json(tmp_path, rows)
+    (tmp_path / "mix.yaml").write_text("datasets: [{json_path: data.json, sampling_strategy: 'end:3'}]")
+    for row in rows:
+        if "image" in row:
+            (tmp_path / row["image"]).unlink()
+    record = opened(tmp_path, path.name)
+    assert [outline(record, i).num_images for i in range(10)] == [1, 1, 1, 0, 1, 1, 1, 0, 1, 1]
+    assert outline(opened(tmp_path, "mix.yaml"), 1) == outline(record, 8)
+    with pytest.raises(BadSample, match="is missing"):
+        record[8]
+
+
 def test_the_same_rows_in_every_format(tmp_path):
     rows = mix_rows()
     write_json(tmp_path, rows, "a.json")
@@ -335,7 +350,10 @@ def test_the_same_rows_in_every_format(tmp_path):
         "a.json": "llava", "b.jsonl": "llava", "c.yml": "mixture", "d.tar": "webdataset", "e.parquet": "parquet",
     }.items():  # fmt: skip
         assert format_of(tmp_path, Source(path=name)) == kind
-        assert [record[:3] for record in everything(opened(tmp_path, name))] == expected
+        records = opened(tmp_path, name)
+        assert [record[:3] for record in everything(records)] == expected
+        outlines = [outline(records, i) for i in range(10)]
+        assert outlines == [(name, turns, len(images)) for images, name, turns in expected]
     assert [
         record[:3] for record in everything(opened(tmp_path, "a.json", format="llava", sampling="end:3"))
     ] == expected[7:]

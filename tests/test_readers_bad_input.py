@@ -154,7 +154,7 @@ def test_choices_a_format_does_not_have_are_refused(tmp_path):
             opened(tmp_path, "set/data.json", **choices)
     with pytest.raises(ValueError, match=r"holds \['data.json'\]; name the file, not its folder"):
         opened(tmp_path, "set")
-    with pytest.raises(ValueError, match="no file .*gone.json"):
+    with pytest.raises(ValueError, match=r"no file .*gone.json"):
         opened(tmp_path, "gone.json")
 
 
@@ -163,7 +163,7 @@ def test_tars_that_are_cut_missing_or_out_of_order(tmp_path):
     path = write_tar(tmp_path / "s-000.tar", members)
     with pytest.raises(BrokenShard, match=r"2 of 3 files are missing: \['.*s-001.tar', '.*s-002.tar'\]"):
         opened(tmp_path, "s-{000..002}.tar")
-    with pytest.raises(ValueError, match="none of 'x-{0..3}.tar' is there"):
+    with pytest.raises(ValueError, match=r"none of 'x-{0..3}.tar' is there"):
         opened(tmp_path, "x-{0..3}.tar")
     whole = path.read_bytes()
     with tarfile.open(path) as tar:
@@ -175,7 +175,7 @@ def test_tars_that_are_cut_missing_or_out_of_order(tmp_path):
     with pytest.raises(BrokenShard, match="lost its end since it was opened: 'b' is cut short"):
         records[1]
     write_tar(path, [members[0], members[2], members[1], members[3]])
-    with pytest.raises(ValueError, match="the files of 'a' do not follow each other.*sort=name"):
+    with pytest.raises(ValueError, match=r"the files of 'a' do not follow each other.*sort=name"):
         opened(tmp_path, path.name)
 
 
@@ -198,7 +198,7 @@ def test_bad_samples_of_a_tar(tmp_path):
         with pytest.raises(BadSample, match=reason):
             opened(tmp_path, "a.tar")[0]
     write_tar(tmp_path / "a.tar", [("a.jpg", image(0)), ("a.txt", b"\xff\xfe")])
-    with pytest.raises(BadSample, match="its .txt is not UTF-8"):
+    with pytest.raises(BadSample, match=r"its .txt is not UTF-8"):
         opened(tmp_path, "a.tar")[0]
 
 
@@ -229,5 +229,5 @@ def test_parquet_damaged_within_is_named(tmp_path):
     whole = bytearray(path.read_bytes())
     whole[4:200] = bytes(196)
     path.write_bytes(whole)
-    with pytest.raises(BrokenShard, match="train-0.parquet, row group 0, is damaged"):
+    with pytest.raises(BrokenShard, match=r"train-0.parquet, row group 0, is damaged"):
         opened(tmp_path, "a")[0]

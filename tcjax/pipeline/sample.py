@@ -61,3 +61,28 @@ class Records(Protocol):
     def __getitem__(self, index: int) -> Record: ...
     @property
     def label_names(self) -> tuple[str, ...]: ...
+
+
+class Outline(NamedTuple):
+    """A record without its images' bytes: all that lengths and order depend on."""
+
+    image_id: str
+    turns: list[Turn]
+    num_images: int
+
+
+def outline(records: Records, index: int) -> Outline:
+    """The outline of a record; formats that keep images in files of their own do not read them for it.
+
+    Whether those are there and whole, only the record itself says.
+    """
+    if known := getattr(records, "outline", None):
+        return known(index)
+    record = records[index]
+    return Outline(record.image_id, record.turns, len(record.images))
+
+
+def image_names(records: Records, index: int) -> list[str]:
+    """What the images of a record are called where they were published; [] of formats that do not name them."""
+    known = getattr(records, "image_names", None)
+    return [] if known is None else known(index)

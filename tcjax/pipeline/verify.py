@@ -18,8 +18,7 @@ from tcjax.pipeline import images
 from tcjax.pipeline.chat import Chat
 from tcjax.pipeline.encoded import SUFFIXES, probe
 from tcjax.pipeline.in_order import in_order
-from tcjax.pipeline.readers.picked import image_names
-from tcjax.pipeline.sample import BadSample, CorruptImage, Record, Records
+from tcjax.pipeline.sample import BadSample, CorruptImage, Record, Records, image_names
 
 
 @dataclass(kw_only=True)

@@ -17,7 +17,7 @@ from tcjax.config import Source
 from tcjax.pipeline.readers.conversation import Row, checked, spoken
 from tcjax.pipeline.readers.image_folder import ImageFolder
 from tcjax.pipeline.readers.json_rows import JsonRows
-from tcjax.pipeline.sample import Record
+from tcjax.pipeline.sample import Outline, Record
 
 _OURS = ("id", "image", "conversations")
 
@@ -41,22 +41,30 @@ class Llava:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Record:
-        found = self.rows[index]
-        row = Row(f"{self.folder} row {index}", str(found.get("id", f"{self.folder.name}:{index}")))
-        paths = found.get("image") or []
-        return conversation_record(row, found, paths, lambda path: self._images.read(path, row))
+        row, found = self._row(index)
+        return conversation_record(row, found, found.get("image"), lambda path: self._images.read(path, row))
+
+    def outline(self, index: int) -> Outline:
+        """The turns and the number of images, without reading them."""
+        row, found = self._row(index)
+        record = conversation_record(row, found, found.get("image"), lambda path: b"")
+        return Outline(record.image_id, record.turns, len(record.images))
 
     def image_names(self, index: int) -> list[str]:
         """What the file calls the row's images; the one that is read may have another suffix."""
         paths = self.rows[index].get("image") or []
         return [str(path) for path in paths] if isinstance(paths, list) else [str(paths)]
 
+    def _row(self, index: int) -> tuple[Row, dict[str, Any]]:
+        found = self.rows[index]
+        return Row(f"{self.folder} row {index}", str(found.get("id", f"{self.folder.name}:{index}"))), found
+
 
 def conversation_record(row: Row, found: dict[str, Any], paths: Any, read: Callable[[Any], bytes]) -> Record:
     """A row with `conversations` -> Record; `read` turns one of its images into bytes."""
     if "video" in found:
         raise row.bad("schema", "it is a video; only images and text are read")
-    paths = paths if isinstance(paths, list) else [paths]
+    paths = paths if isinstance(paths, list) else [paths] if paths else []
     turns, fields = spoken(row, found.get("conversations"))
     turns = checked(row, turns, len(paths), marks_needed=True)
     fields |= {key: value for key, value in found.items() if key not in _OURS}

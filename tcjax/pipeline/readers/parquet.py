@@ -91,7 +91,7 @@ class Parquet:
         name = found.get("id")
         row = Row(f"{path} row {index} of {self.folder.name}", f"{path.stem}:{index}" if name is None else str(name))
         if "texts" not in found:
-            paths = found.pop("image", None) or found.pop("images", None) or []
+            paths = found.pop("image", None) or found.pop("images", None)
             return conversation_record(row, found, paths, lambda image: self._bytes(image, row))
         texts = found.pop("texts") or []
         kept = [i for i in range(len(texts)) if _rated(found, i, self._min)]

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tcjax.pipeline.sample import Record, Records
+from tcjax.pipeline.sample import Outline, Record, Records, image_names, outline
 
 
 def pick(sampling: str, total: int, seed: int = 0) -> np.ndarray | None:
@@ -52,6 +52,9 @@ class Picked:
     def __getitem__(self, index: int) -> Record:
         return self.whole[int(self.index[index])]
 
+    def outline(self, index: int) -> Outline:
+        return outline(self.whole, int(self.index[index]))
+
     def image_names(self, index: int) -> list[str]:
         """As the whole source calls them, if it does."""
         return image_names(self.whole, int(self.index[index]))
@@ -75,6 +78,9 @@ class Joined:
         part, at = self._place(index)
         return part[at]
 
+    def outline(self, index: int) -> Outline:
+        return outline(*self._place(index))
+
     def image_names(self, index: int) -> list[str]:
         """As the part calls them, if it does."""
         return image_names(*self._place(index))
@@ -90,12 +96,6 @@ class Joined:
         """Dense labels that every part has."""
         shared = set(self.parts[0].label_names).intersection(*(part.label_names for part in self.parts))
         return tuple(name for name in self.parts[0].label_names if name in shared)
-
-
-def image_names(records: Records, index: int) -> list[str]:
-    """What the images of a row are called where they were published; [] of formats that do not name them."""
-    called = getattr(records, "image_names", None)
-    return [] if called is None else called(index)
 
 
 def picked(whole: Records, sampling: str, seed: int = 0) -> Records:

@@ -27,7 +27,7 @@ from tcjax.config import Source
 from tcjax.pipeline.encoded import SUFFIXES
 from tcjax.pipeline.readers.conversation import Row, checked, spoken
 from tcjax.pipeline.readers.files import files
-from tcjax.pipeline.sample import BrokenShard, Record, Turn
+from tcjax.pipeline.sample import BrokenShard, Outline, Record, Turn
 
 # The kind of a member is its place here; images come first.
 IMAGES = tuple(dict.fromkeys(suffix for suffixes in SUFFIXES.values() for suffix in suffixes))
@@ -94,6 +94,14 @@ class WebDataset:
         return len(self._keys) + sum(column.nbytes for column in columns)
 
     def __getitem__(self, index: int) -> Record:
+        return self._record(index, with_images=True)
+
+    def outline(self, index: int) -> Outline:
+        """The turns and the number of images, without reading them."""
+        record = self._record(index, with_images=False)
+        return Outline(record.image_id, record.turns, len(record.images))
+
+    def _record(self, index: int, *, with_images: bool) -> Record:
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
         key = self._keys[self._key_ends[index] : self._key_ends[index + 1]].decode()
@@ -102,13 +110,15 @@ class WebDataset:
         pictures, texts, objects = [], [], []
         with open(tar, "rb") as file:
             for at in range(int(self._first[index]), int(self._first[index + 1])):
+                kind, size = int(self._kinds[at]), int(self._sizes[at])
+                if kind < len(IMAGES) and not size:
+                    raise row.bad("empty_images", "its image has 0 bytes")
+                if kind < len(IMAGES) and not with_images:
+                    size = 0
                 file.seek(int(self._starts[at]))
-                content = file.read(size := int(self._sizes[at]))
+                content = file.read(size)
                 if len(content) < size:
                     raise BrokenShard(f"{tar} lost its end since it was opened: {key!r} is cut short.")
-                kind = int(self._kinds[at])
-                if kind < len(IMAGES) and not content:
-                    raise row.bad("empty_images", "its image has 0 bytes")
                 {_TEXT: texts, _JSON: objects}.get(kind, pictures).append(content)
         found = _object(row, objects)
         turns, fields = _turns(row, texts, found)
