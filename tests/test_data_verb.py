@@ -19,6 +19,7 @@ from tcjax.pipeline.source import open_source
 from tcjax.pipeline.store import SHARD
 from tcjax.pipeline.verify import verify
 from tests.published import fine_vision_rows, image, mix_rows, pretrain_rows, said, write_json, write_parquet
+from tests.tiny_boards import OWN_BUILDER
 
 PIXELS = Pixels(size_YX=(8, 8))
 
@@ -178,6 +179,18 @@ def test_the_verb_stores_any_source(project, capsys):
     assert main(command) == 2
     assert "stored is there already and holds something else" in capsys.readouterr().err
     assert Data(action="prepare").shard == SHARD
+
+
+def test_the_verb_still_runs_a_folders_own_builder(project, capsys):
+    (project / "own").mkdir()
+    (project / "own/own_dataset_builder.py").write_text(OWN_BUILDER)
+    assert main(["data", "prepare", "own"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "own/prepared/own/2.0.0"
+    flags = ["--tokenizer", "tokenizer.json", "--size", "8x8", "--json"]
+    assert main(["data", "verify", "own", *flags]) == 1
+    (report,) = json.loads(capsys.readouterr().out)
+    assert report["problems"] == {"corrupt_images": 3, "duplicate_ids": 1, "unknown_words": 1}
+    assert main(["data", "verify", "own", *flags, "--split", "train[4:7]"]) == 0
 
 
 @pytest.mark.parametrize(

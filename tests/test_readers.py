@@ -158,6 +158,8 @@ def test_a_mixture_is_its_parts_end_to_end(tmp_path):
     others = [everything(opened(tmp_path, "lists/mix.yaml", seed=seed))[13:] for seed in range(1, 5)]
     assert any(other != found[13:] for other in others)
     assert everything(opened(tmp_path, "lists/mix.yaml", sampling="first:2")) == a[7:9]
+    write_json(tmp_path / "lists", second, "b.json")
+    assert everything(opened(tmp_path, "lists/{a,b}.json")) == a + b
 
 
 # web-dataset

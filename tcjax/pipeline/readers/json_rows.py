@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 from array import array
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -31,21 +32,11 @@ class JsonRows:
         if not path.is_file():
             raise ValueError(f"no file {path}.")
         self.path = path
-        self._file: BinaryIO = open(path, "rb", buffering=0)  # noqa: SIM115  # as long as the rows live
-        head = self._file.read(1 << 16).removeprefix(b"\xef\xbb\xbf").lstrip()
-        if not head:
-            raise BrokenShard(f"{path} is empty: {path.stat().st_size} bytes, no row.")
-        if head[:1] == b"[":
-            starts = _scan_list(path, self._file)
-        elif head[:1] == b"{":
-            starts = _scan_lines(path)
-        else:
-            raise ValueError(
-                f"{path} is neither a JSON list of objects nor one object per line: it starts {head[:20]!r}."
-            )
-        self._starts = np.frombuffer(starts, np.int64)
+        about = path.stat()
+        self._starts = _starts(path.resolve(), about.st_size, about.st_mtime_ns)
         if not len(self):
             raise BrokenShard(f"{path} holds no row.")
+        self._file: BinaryIO = open(path, "rb", buffering=0)  # noqa: SIM115  # as long as the rows live
 
     def __del__(self):
         if file := getattr(self, "_file", None):
@@ -70,6 +61,20 @@ class JsonRows:
         if not isinstance(row, dict):
             raise BadSample(name, f"{where}: it is a {type(row).__name__}, not an object")
         return row
+
+
+@lru_cache(maxsize=32)  # a run opens its sources several times: for features, lengths, batches and scores
+def _starts(path: Path, size: int, modified: int) -> np.ndarray:
+    """int64 starts of the rows, and the end of the last; size and modified are there for the cache alone."""
+    with open(path, "rb", buffering=0) as file:
+        head = file.read(1 << 16).removeprefix(b"\xef\xbb\xbf").lstrip()
+        if not head:
+            raise BrokenShard(f"{path} is empty: {size} bytes, no row.")
+        if head[:1] not in (b"[", b"{"):
+            raise ValueError(
+                f"{path} is neither a JSON list of objects nor one object per line: it starts {head[:20]!r}."
+            )
+        return np.frombuffer(_scan_list(path, file) if head[:1] == b"[" else _scan_lines(path), np.int64)
 
 
 def _scan_list(path: Path, file: BinaryIO) -> array:

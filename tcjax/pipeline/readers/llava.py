@@ -15,9 +15,11 @@ from typing import Any
 
 from tcjax.config import Source
 from tcjax.pipeline.readers.conversation import Row, checked, spoken
+from tcjax.pipeline.readers.files import files
 from tcjax.pipeline.readers.image_folder import ImageFolder
 from tcjax.pipeline.readers.json_rows import JsonRows
-from tcjax.pipeline.sample import Outline, Record
+from tcjax.pipeline.readers.picked import Joined
+from tcjax.pipeline.sample import Outline, Record, Records
 
 _OURS = ("id", "image", "conversations")
 
@@ -71,6 +73,8 @@ def conversation_record(row: Row, found: dict[str, Any], paths: Any, read: Calla
     return Record(tuple(read(path) for path in paths), row.image_id, turns, fields)
 
 
-def open_llava(root: Path, source: Source) -> Llava:
-    path = root / source.path
-    return Llava(path, root / source.images if source.images else path.parent)
+def open_llava(root: Path, source: Source) -> Records:
+    """One file, or those that braces mean, end to end: LLaVA-NeXT writes "data/{a,b}.json"."""
+    paths = files(root, source.path, ".json")
+    parts = [Llava(path, root / source.images if source.images else path.parent) for path in paths]
+    return parts[0] if len(parts) == 1 else Joined(parts, root / source.path, "train")

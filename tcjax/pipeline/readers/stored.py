@@ -1,10 +1,11 @@
-"""Records of any source, stored as ArrayRecord: what `tcjax data prepare SOURCE --out DIR` writes and the fastest to read.
+"""Records of any source, stored as ArrayRecord: what `tcjax data prepare SOURCE --out DIR` writes.
 
     DIR/records.json                 {"records": n, "shards": [{"file", "records", "bytes", "sha256"}], "source": ..., ...}
     DIR/00000-of-00012.array_record  one record each: uint32 length of the head | head as JSON | images' bytes end to end
 
-The head holds image_id, turns, fields and the images' lengths. A read is one access to one file and gives the original
-record again, arrays and bytes among its fields included. records.json is written last: a folder that has it is whole.
+The head holds image_id, turns, fields and the images' lengths. It opens at once, whatever its size; a read is one checksummed
+access to one file and gives the original record again, arrays and bytes among its fields included. records.json is written
+last: a folder that has it is whole.
 """
 
 from __future__ import annotations
