@@ -7,37 +7,26 @@ An image of another size than the tower's is resized bicubically. What cannot be
 
 from __future__ import annotations
 
-import io
-
 import numpy as np
 from PIL import Image
 
 from tcjax.config import Pixels
-from tcjax.pipeline.sample import Record
+from tcjax.pipeline.encoded import rgb
+from tcjax.pipeline.sample import CorruptImage, Record
 
-
-class CorruptImage(ValueError):
-    """An image that cannot be read; `image_id` names it."""
-
-    def __init__(self, image_id: str, reason: str):
-        super().__init__(f"image {image_id!r} cannot be read ({reason}); replace it and prepare the dataset again.")
-        self.image_id = image_id
+__all__ = ["CorruptImage", "decode", "normalise", "of"]
 
 
 def decode(encoded: bytes, pixels: Pixels, image_id: str) -> np.ndarray:
     """uint8 image_YX3 of the tower's size.
 
-    Grey and palette images become RGB; transparency is dropped.
+    What becomes of grey, palette, CMYK and 16-bit images says tcjax/pipeline/encoded.py.
     """
     Y, X = pixels.size_YX
-    try:
-        with Image.open(io.BytesIO(encoded)) as image:
-            rgb = image if image.mode == "RGB" else image.convert("RGB")
-            if rgb.size != (X, Y):
-                rgb = rgb.resize((X, Y), Image.Resampling.BICUBIC)
-            return np.array(rgb)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise CorruptImage(image_id, f"{type(error).__name__}: {error}") from error
+    image = rgb(encoded, image_id)
+    if image.size != (X, Y):
+        image = image.resize((X, Y), Image.Resampling.BICUBIC)
+    return np.array(image)
 
 
 def of(record: Record, pixels: Pixels) -> np.ndarray:
