@@ -126,7 +126,7 @@ def test_patches_come_apart_and_together():
     assert values.shape == pixels.shape == (36, 16, 3) and not values[np.prod(grid_2) :].any()
     image_YX3 = images.shown(FILES["60x80"], pixels, "a")
     np.testing.assert_array_equal(geometry.assembled(values, grid_2, pixels), image_YX3)
-    H, W = grid_2
+    _, W = grid_2
     np.testing.assert_array_equal(values[W + 2], image_YX3[4:8, 8:12].reshape(16, 3))  # second row, third column
 
 
@@ -153,6 +153,6 @@ def test_a_bomb_is_refused_by_name_before_it_is_decoded():
 
 def test_a_square_too_large_to_pad_is_refused_by_name():
     line = encoded(Image.new("L", (20_000, 1)))
-    with pytest.raises(images.CorruptImage, match="'thread'.*the square it is padded to has 20000 x 20000 pixels"):
+    with pytest.raises(images.CorruptImage, match=r"'thread'.*the square it is padded to has 20000 x 20000 pixels"):
         images.decode(line, pixels_of("llava"), "thread")
     assert images.decode(line, pixels_of("clip"), "thread").shape == (24, 24, 3)
