@@ -12,11 +12,15 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, kw_only=True)
 class Pixels:
-    """How the tower wants its image. size: height, width in pixels; then (value / 255 - mean) / std per channel."""
+    """How the tower wants its image. size: height, width in pixels; then (value / 255 - mean) / std per channel.
+
+    geometry: "naflex" cuts an image of any shape into up to size_YX[0] patches of size_YX[1] pixels each.
+    """
 
     size_YX: tuple[int, int]
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    geometry: str = "squash"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,7 +26,7 @@ from tcjax.assemble import published_names
 from tcjax.export.artifact import finite
 from tcjax.interop import names, tensors
 from tcjax.llms.decoder import LlmConfig
-from tcjax.towers import vit
+from tcjax.towers import layouts
 from tcjax.towers.vit import VitConfig
 
 
@@ -143,8 +143,8 @@ def tower_tensors(tower: nnx.Module, cfg: VitConfig, root: Path) -> names.Arrays
     """Every tensor of the published class, "vision_model.embeddings.patch_embedding.weight" and so on."""
     whole = dataclasses.replace(cfg, feature_layer=-1, levels=(), post_norm=True)
     shapes = names.shapes(nnx.eval_shape(lambda: whole.build(nnx.Rngs(0))))
-    expected = names.published_shapes(vit.names(whole), shapes)
-    ours = names.to_torch(finite(names.flatten(tower)), vit.names(cfg))
+    expected = names.published_shapes(layouts.names(whole), shapes)
+    ours = names.to_torch(finite(names.flatten(tower)), layouts.names(cfg))
     file = tensors.load(root / cfg.weights) if cfg.weights and expected.keys() - ours.keys() else {}
     found = {key: tensor for key, tensor in file.items() if key in expected} | ours
     for key, shape in expected.items():
