@@ -10,17 +10,59 @@ import dataclasses
 from dataclasses import dataclass, field
 
 
+GEOMETRIES = ("squash", "crop", "pad", "letterbox", "naflex")
+RESAMPLES = ("bicubic", "bilinear", "lanczos")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Pixels:
-    """How the tower wants its image. size: height, width in pixels; then (value / 255 - mean) / std per channel.
+    """How the tower wants its image: brought to `size_YX`, then (value / 255 - mean) / std per channel.
 
-    geometry: "naflex" cuts an image of any shape into up to size_YX[0] patches of size_YX[1] pixels each.
+    size_YX: height, width in pixels. geometry: how an image of another shape gets there:
+        "squash" resizes both sides, whatever becomes of the aspect ratio (SigLIP);
+        "crop" resizes the shorter side to `shortest` and cuts the middle out (CLIP, DINOv2);
+        "pad" makes the image square first, in the middle of int(255 * mean) (LLaVA-1.5), and goes on like "crop";
+        "letterbox" is Prismatic's pad: equal borders, so that an odd difference leaves one pixel to the crop;
+        "naflex" keeps the aspect ratio within `max_patches` patches of side `patch`, which it hands over as rows (SigLIP2);
+            size_YX is then the square its position table stands for.
+    shortest: pixels of the shorter side before the crop; 0 is the crop's own. DINOv2 has 256 before a crop of 224.
+    resample: "bicubic", "bilinear" or "lanczos", each antialiased, with the arithmetic of PIL.
     """
 
     size_YX: tuple[int, int]
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     geometry: str = "squash"
+    shortest: int = 0
+    resample: str = "bicubic"
+    patch: int = 0
+    max_patches: int = 0
+
+    def __post_init__(self):
+        for name, possible in (("geometry", GEOMETRIES), ("resample", RESAMPLES)):
+            if getattr(self, name) not in possible:
+                raise ValueError(f"pixels.{name}={getattr(self, name)!r} is unknown; possible: {list(possible)}.")
+        cropped = self.geometry in ("crop", "pad", "letterbox")
+        if self.shortest and (not cropped or self.shortest < max(self.size_YX)):
+            raise ValueError(
+                f"pixels.shortest={self.shortest} is the shorter side before a crop of {self.size_YX}: at least "
+                f"{max(self.size_YX)}, for the geometries crop, pad and letterbox; this one is {self.geometry!r}."
+            )
+        if cropped and not self.shortest and self.size_YX[0] != self.size_YX[1]:
+            raise ValueError(
+                f"pixels.size_YX={self.size_YX} is no square: say pixels.shortest, the side before the crop."
+            )
+        naflex = self.geometry == "naflex"
+        if naflex != (self.patch > 0) or naflex != (self.max_patches > 0):
+            raise ValueError(
+                f"geometry={self.geometry!r} with patch={self.patch} and max_patches={self.max_patches}: naflex needs both, "
+                f"the other geometries take neither."
+            )
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of one image as the tower reads it: [Y, X, 3], or naflex's patch rows [max_patches, patch * patch, 3]."""
+        return (self.max_patches, self.patch**2, 3) if self.geometry == "naflex" else (*self.size_YX, 3)
 
 
 @dataclass(frozen=True, kw_only=True)
