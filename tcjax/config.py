@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 
-
 GEOMETRIES = ("squash", "crop", "pad", "letterbox", "naflex")
 RESAMPLES = ("bicubic", "bilinear", "lanczos")
 

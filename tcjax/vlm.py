@@ -55,12 +55,24 @@ class VlmConfig:
         return self.tower.giving(**fields) if fields else self.tower
 
     @property
+    def one_tower(self) -> VitConfig:
+        """`seen` where it is one tower; ValueError for two side by side."""
+        if isinstance(self.seen, DualConfig):
+            raise ValueError("the tower is two towers side by side (DualConfig), and this holds one alone.")
+        return self.seen
+
+    @property
     def _compressor(self) -> CompressorConfig:
         return self.compressor  # pyright: ignore[reportReturnType]
 
     @property
     def num_queries(self) -> int:
-        """Q, the visual tokens the LLM sees; ValueError if the compressor cannot give them on this grid."""
+        """Q, the visual tokens the LLM sees; ValueError if the compressor cannot give them on this grid or from this tower."""
+        if "prior" in self._compressor.needs and not set(self.seen.probes) & set(SCORES):
+            raise ValueError(
+                f"{self._compressor.family} starts from scores of the tokens, and this tower tells none: "
+                f"probes={self.seen.probes}; name one of {SCORES} in VitConfig.probes."
+            )
         return self._compressor.outputs(self.widths)
 
     @property
@@ -87,7 +99,6 @@ class Vlm(nnx.Module):
 
     def __init__(self, config: VlmConfig, *, rngs: nnx.Rngs):
         config.num_queries  # noqa: B018  an impossible Q is said before anything is built
-        _check_prior(config)
         compressor: CompressorConfig = config.compressor  # pyright: ignore[reportAssignmentType]
         self.averaged_over = config.averaged_over
         self.tower: Vit | Dual = config.seen.build(rngs)
@@ -104,8 +115,10 @@ class Vlm(nnx.Module):
         context = context._replace(index_B=batch.index_B)
         if cfg.levels:
             context = context._replace(levels_BNE=seen_BNC[..., C:behind])
-        for probe in reversed(cfg.probes):
-            width = 1 if probe in SCORES else C
+        for probe in cfg.probes:
+            if probe in SCORES and context.prior_BN is None:
+                context = context._replace(prior_BN=seen_BNC[..., behind])
+            behind += 1 if probe in SCORES else C
         if cfg.ragged:
             grids_B2 = naflex.check_grids(batch.grids_B2, len(seen_BNC))
             context = context._replace(valid_BN=naflex.valid(grids_B2, seen_BNC.shape[1]))

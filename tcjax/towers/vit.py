@@ -35,8 +35,8 @@ from tcjax.towers.blocks import SCORES, Block, Probe, patches
 class VitConfig:
     """A tower's published numbers and the layer its features are read from.
 
-    pixels: size and normalisation of the images. With geometry "naflex" size_YX is (N, patch * patch): up to N patches of
-        an image of any shape, already cut out (tcjax/towers/naflex.py).
+    pixels: size and normalisation of the images. With geometry "naflex" up to N = max_patches patches of an image of any
+        shape, already cut out (tcjax/towers/naflex.py).
     patch: side of a square patch in pixels; pixels that do not fill a patch on the right and at the bottom are left out
         (SigLIP's 384 = 27 * 14 + 6).
     pre_norm: a norm before the first block (CLIP). post_norm: a norm after the last one (SigLIP, DINOv2).
@@ -125,10 +125,9 @@ class VitConfig:
             )
         if self.table_HW is None:
             raise ValueError("table_HW must be given where pixels.geometry='naflex'; SigLIP2's so400m has (16, 16).")
-        if self.pixels.size_YX[1] != self.patch**2:
+        if self.pixels.patch != self.patch:
             raise ValueError(
-                f"pixels.size_YX={self.pixels.size_YX} must be (patches, {self.patch**2}) where pixels.geometry='naflex': "
-                f"up to so many patches of patch * patch pixels."
+                f"pixels.patch={self.pixels.patch} cuts other patches than the tower's patch={self.patch} reads."
             )
 
     @property
@@ -140,7 +139,7 @@ class VitConfig:
     def full_HW(self) -> tuple[int, int]:
         """The grid that the pixels fill: pixels / patch."""
         rows_Y, columns_X = self.pixels.size_YX
-        return (1, rows_Y) if self.ragged else (rows_Y // self.patch, columns_X // self.patch)
+        return (1, self.pixels.max_patches) if self.ragged else (rows_Y // self.patch, columns_X // self.patch)
 
     @property
     def grid_HW(self) -> tuple[int, int]:
@@ -214,10 +213,10 @@ class Vit(nnx.Module):
                 behind the first rows * columns patches influences nothing and comes out as exactly 0.
         """
         cfg = self.cfg
-        if images_BYX3.ndim != 4 or images_BYX3.shape[1:] != (*cfg.pixels.size_YX, 3):
+        if images_BYX3.shape[1:] != cfg.pixels.shape:
             raise ValueError(
-                f"images_BYX3 is {list(images_BYX3.shape)}, but this tower reads [B, {cfg.pixels.size_YX[0]}, "
-                f"{cfg.pixels.size_YX[1]}, 3]; resize the images or build the tower with their pixels.size_YX."
+                f"images_BYX3 is {list(images_BYX3.shape)}, but this tower reads [B, {cfg.pixels.shape[0]}, "
+                f"{cfg.pixels.shape[1]}, 3]; resize the images or build the tower with their pixels.size_YX."
             )
         if cfg.ragged:
             return self._of_any_shape(images_BYX3, naflex.check_grids(grids_B2, len(images_BYX3)))
