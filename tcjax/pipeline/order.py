@@ -65,7 +65,7 @@ def global_order(sizes: Sequence[int], sources: Sequence[Source], *, seed: int, 
     streams = []
     for source, size in enumerate(sizes):
         own = int(np.random.SeedSequence([seed, source]).generate_state(1)[0])
-        stream = grain.MapDataset.source(range(size)).shuffle(seed=own).repeat()
+        stream = grain.MapDataset.range(size).shuffle(seed=own).repeat()
         place = _Placing(source)
         streams.append(stream.random_map(place.drawing, seed=own) if turns else stream.map(place.whole))
     if len(streams) == 1:

@@ -64,7 +64,6 @@ class Packed:
         length: int,
         slots: int,
         seed: int,
-        window: int = WINDOW,
     ):
         """
         Args:
@@ -72,7 +71,7 @@ class Packed:
             size: of the sample at a place, positions (0: it is left out) and images.
             length: positions of a row. slots: images of a row.
         """
-        self._stream, self._size, self._window = stream, size, window
+        self._stream, self._size, self._window = stream, size, WINDOW
         self._length, self._slots, self._seed = length, slots, seed
         self._first, self._starts = 0, [0]  # the first window known; where it and the following ones begin, in rows
         self._plans: dict[int, list[tuple[Place, ...]]] = {}
