@@ -97,20 +97,27 @@ class Source:
 class DataConfig:
     """Where samples come from and how they become batches.
 
-    batch: global batch, over all hosts. text_length: positions for everything but the image's Q tokens.
+    batch: global batch, over all hosts. text_length: positions for everything but the Q tokens of every image.
+    batching: how samples become rows of `images` * Q + text_length positions. "rows": one each. "packed": as many as fit,
+        as segments that do not see each other. "grouped": one each, in batches of like length, with or without images;
+        a batch is as long as its own kind wants, `buckets` lengths in all, each of which is compiled once.
+    images: the most images of a row (R), so of a sample; every row costs so many, a blank one where it has fewer.
     seed: the order of samples is a pure function of (seed, step, batch).
     independent_turns: every turn of a conversation sees the image and itself only, as if asked alone; the image is paid
         for once. False keeps the conversation: later turns see earlier answers.
     turns: so many turns of every conversation, drawn anew each time it comes up; 0 takes all. 1 is how a compressor that
         is told the question is trained the way it is asked.
     instruction_length: positions of the instruction handed to such a compressor; a longer one loses its beginning.
-    max_corrupt: share of unreadable images above which a run stops.
+    max_corrupt: share of samples that cannot be used (an unreadable image, no answer that fits) above which a run stops.
     """
 
     sources: tuple[Source, ...]
     tokenizer: str
     batch: int = 64
     text_length: int = 144
+    batching: str = "rows"
+    images: int = 1
+    buckets: int = 8
     seed: int = 0
     independent_turns: bool = False
     turns: int = 0

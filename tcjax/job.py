@@ -66,17 +66,26 @@ def train_run(run: Run, *, root: Path, out: Path, quiet: bool = False) -> Outcom
         features = tuple(
             tower_features(model, identity, config, source, root=root, quiet=quiet) for source in run.data.sources
         )
-    batches = make_input(
-        run.data,
-        config.tower.pixels,
-        config.num_queries,
-        root=root,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        features=features,
-        patch=config.labelled_patch,
-        instructed=isinstance(config, VlmConfig) and config.reads_text,
-    )
+    with _bar(quiet) as bar:
+        tasks: dict[Source, Any] = {}
+
+        def measuring(source: Source, done: int, num: int) -> None:
+            if source not in tasks:
+                tasks[source] = bar.add_task(f"lengths of {source.path} {source.split}", total=num)
+            bar.update(tasks[source], completed=done)
+
+        batches = make_input(
+            run.data,
+            config.tower.pixels,
+            config.num_queries,
+            root=root,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            features=features,
+            patch=config.labelled_patch,
+            instructed=isinstance(config, VlmConfig) and config.reads_text,
+            measuring=measuring,
+        )
     return train(
         run,
         model,
@@ -106,8 +115,7 @@ def tower_features(
         "dataset": fingerprint(source, root),
         "images": len(prepared),
     }
-    columns = (*Progress.get_default_columns()[:3], TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, disable=quiet, transient=True, console=Console(stderr=True)) as bar:
+    with _bar(quiet) as bar:
         task = bar.add_task(f"features of {source.path} {source.split}", total=len(prepared))
         return cached_features(
             model.tower,
@@ -117,6 +125,11 @@ def tower_features(
             facts=facts,
             show=lambda done, _: bar.update(task, completed=done),
         )
+
+
+def _bar(quiet: bool) -> Progress:
+    columns = (*Progress.get_default_columns()[:3], TimeElapsedColumn(), TimeRemainingColumn())
+    return Progress(*columns, disable=quiet, transient=True, console=Console(stderr=True))
 
 
 def trained(run: Run, *, root: Path, out: Path) -> tuple[nnx.Module, dict[str, Any], int]:
