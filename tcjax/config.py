@@ -80,16 +80,23 @@ class Template:
 class Source:
     """One dataset of a mixture.
 
-    path: a dataset folder, whose prepared shards lie in `path/prepared`, or a published file or folder of another format.
+    path: a dataset folder, whose prepared shards lie in `path/prepared`, or a published file or folder of another format;
+        tars and parquet files may be counted in braces, "shard-{000..012}.tar".
     format: who reads it (tcjax/pipeline/source.py); "" follows from the path.
     images: the folder below which the image paths of a published file lie; "" is the file's own folder.
-    split: a TFDS split, slices included ("train[:4000]"). weight: share of the mixture, relative to the others.
+    split: a TFDS split, slices included ("train[:4000]"); of a folder of parquet files their first name, "train".
+    sampling: which rows: "all", "first:1000", "end:10%", "random:1000", drawn once by `seed` alone.
+    min_rating: keeps only the turns of a parquet row whose every rating is at least this (FineVision: 1 to 5); 0 keeps all.
+    weight: share of the mixture, relative to the others.
     """
 
     path: str
     format: str = ""
     images: str = ""
     split: str = "train"
+    sampling: str = "all"
+    seed: int = 0
+    min_rating: int = 0
     weight: float = 1.0
 
 

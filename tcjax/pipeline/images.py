@@ -1,33 +1,21 @@
 """Encoded bytes -> the uint8 pixels a tower reads, exactly those PIL decodes and the published processors resize.
 
-    (value / 255 - mean) / std          per channel: `normalise` here, or the tower on the device (tcjax/nn/pixels.py)
+    (value / 255 - mean) / std          per channel: the tower, on the device (tcjax/nn/pixels.py), or `normalise` here
 
-Bytes travel to the device: a quarter of what normalised pixels would weigh. Transparency is laid on white, as transformers
-does since 5.0 (LLaVA's own code drops it); the camera's orientation mark is not applied, as in both. What cannot be
-decoded to RGB raises `CorruptImage`, and so does, before it is decoded, an image of more than `MOST` pixels.
+Bytes travel to the device: a quarter of what normalised pixels would weigh. tcjax/pipeline/encoded.py says what is decoded,
+tcjax/pipeline/geometry.py where every pixel goes. What cannot be decoded to RGB raises `CorruptImage`.
 """
 
 from __future__ import annotations
 
-import io
-
 import numpy as np
-from PIL import Image
 
 from tcjax.config import Pixels
 from tcjax.pipeline import geometry
-from tcjax.pipeline.sample import Record
+from tcjax.pipeline.encoded import MAX_PIXELS, rgb
+from tcjax.pipeline.sample import CorruptImage, Record
 
-# PIL's own limit for a warning, 9459 x 9459: 268 MB of RGB. 20000 x 20000 would be 1.2 GB from a file of any size.
-MOST = 89_478_485
-
-
-class CorruptImage(ValueError):
-    """An image that cannot be read; `image_id` names it."""
-
-    def __init__(self, image_id: str, reason: str):
-        super().__init__(f"image {image_id!r} cannot be read ({reason}); replace it and prepare the dataset again.")
-        self.image_id = image_id
+__all__ = ["CorruptImage", "decode", "normalise", "of", "read", "shown"]
 
 
 def decode(encoded: bytes, pixels: Pixels, image_id: str) -> np.ndarray:
@@ -43,30 +31,11 @@ def read(encoded: bytes, pixels: Pixels, image_id: str) -> tuple[np.ndarray, np.
 
 def shown(encoded: bytes, pixels: Pixels, image_id: str) -> np.ndarray:
     """uint8 image_YX3 as the tower sees it; naflex's before it is cut into patches."""
-    try:
-        with Image.open(io.BytesIO(encoded)) as image:
-            _refuse(image.height, image.width, "it")
-            _refuse(*geometry.plan(image.height, image.width, pixels).canvas_YX, "the square it is padded to")
-            return geometry.fit(_rgb(image), pixels)
-    except _UNREADABLE as error:
-        raise CorruptImage(image_id, f"{type(error).__name__}: {error}") from error
-
-
-_UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning)
-
-
-def _refuse(height: int, width: int, what: str) -> None:
-    if height * width > MOST:
-        raise ValueError(f"{what} has {height} x {width} pixels, and {MOST} are the most")
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return image
-    if "A" in image.getbands() or image.info.get("transparency") is not None:
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
-    return image.convert("RGB")
+    image = rgb(encoded, image_id)
+    Y, X = geometry.plan(image.height, image.width, pixels).canvas_YX
+    if Y * X > MAX_PIXELS:
+        raise CorruptImage(image_id, f"the square it is padded to has {Y} x {X} pixels, and at most {MAX_PIXELS} are made")
+    return geometry.fit(image, pixels)
 
 
 def of(record: Record, pixels: Pixels, number: int = 0) -> tuple[np.ndarray, np.ndarray | None]:

@@ -30,6 +30,30 @@ class Record(NamedTuple):
     fields: dict[str, Any]
 
 
+class BadSample(ValueError):
+    """A row that cannot be trained on as it stands; the message names file, row and id.
+
+    kind: which rule it breaks, as `tcjax data verify` counts it: "schema", "turns", "empty_answers", "image_marks",
+    "missing_images", "empty_images" or "outside_root".
+    """
+
+    def __init__(self, image_id: str, where: str, kind: str, reason: str):
+        super().__init__(f"{where}, id {image_id!r}: {reason}")
+        self.image_id, self.kind = image_id, kind
+
+
+class BrokenShard(ValueError):
+    """A file is missing, cut short or damaged; the message names it."""
+
+
+class CorruptImage(ValueError):
+    """An image that cannot be read; `image_id` names it."""
+
+    def __init__(self, image_id: str, reason: str):
+        super().__init__(f"image {image_id!r} cannot be read ({reason}); replace it and prepare the dataset again.")
+        self.image_id = image_id
+
+
 class Records(Protocol):
     """Random access to one split of one source; `len()` is the number of records.
 
