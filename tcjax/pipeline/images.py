@@ -34,7 +34,9 @@ def shown(encoded: bytes, pixels: Pixels, image_id: str) -> np.ndarray:
     image = rgb(encoded, image_id)
     Y, X = geometry.plan(image.height, image.width, pixels).canvas_YX
     if Y * X > MAX_PIXELS:
-        raise CorruptImage(image_id, f"the square it is padded to has {Y} x {X} pixels, and at most {MAX_PIXELS} are made")
+        raise CorruptImage(
+            image_id, f"the square it is padded to has {Y} x {X} pixels, and at most {MAX_PIXELS} are made"
+        )
     return geometry.fit(image, pixels)
 
 

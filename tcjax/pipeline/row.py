@@ -83,9 +83,7 @@ class Layout:
         free = self.slots - len(seen)
         assert free >= 0, (len(seen), self.slots)
         shape, dtype = (
-            (self.pixels.shape, np.uint8)
-            if self.features is None
-            else (self.features.shape, self.features.dtype)
+            (self.pixels.shape, np.uint8) if self.features is None else (self.features.shape, self.features.dtype)
         )
         seen_R = np.stack(seen + free * [np.zeros(shape, dtype)])
         labels = [sample.labels_NL for sample in samples if sample.labels_NL is not None]

@@ -13,14 +13,6 @@ class Turn(NamedTuple):
     answer: str
 
 
-class BadSample(ValueError):
-    """A record that is no sample: its text is no conversation, or its image is not where it should be. image_id names it."""
-
-    def __init__(self, image_id: str, reason: str):
-        super().__init__(f"sample {image_id!r} cannot be used ({reason}).")
-        self.image_id = image_id
-
-
 class Record(NamedTuple):
     """One sample as it lies on disk. images: encoded bytes, () of a text-only sample. fields: the dataset's others."""
 

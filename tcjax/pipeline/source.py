@@ -62,7 +62,9 @@ def open_source(root: Path, source: Source) -> Records:
     if kind not in READERS:
         raise ValueError(f"Source.format={kind!r} is unknown; possible: {sorted(READERS)}.")
     if source.split != "train" and kind not in _SPLIT:
-        raise ValueError(f"{source.path} ({kind}) has no splits, got {source.split!r}; Source.sampling keeps some rows.")
+        raise ValueError(
+            f"{source.path} ({kind}) has no splits, got {source.split!r}; Source.sampling keeps some rows."
+        )
     if source.min_rating and kind != "parquet":
         raise ValueError(f"Source.min_rating={source.min_rating}: {source.path} ({kind}) has no ratings; parquet may.")
     return picked(READERS[kind](root, source), source.sampling, source.seed)

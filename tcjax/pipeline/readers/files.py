@@ -1,6 +1,6 @@
 """Which files a path means: one file, a folder's, or those counted in braces.
 
-    "shard-{000..002}.tar" -> shard-000.tar, shard-001.tar, shard-002.tar        "{a,b}.tar" -> a.tar, b.tar
+"shard-{000..002}.tar" -> shard-000.tar, shard-001.tar, shard-002.tar        "{a,b}.tar" -> a.tar, b.tar
 """
 
 from __future__ import annotations

@@ -93,7 +93,9 @@ class Stored:
     def _reader(self, shard: int) -> Any:
         with self._lock:
             if shard not in self._readers:
-                reader = array_record_module.ArrayRecordReader(str(self._shards[shard]), options="readahead_buffer_size:0")
+                reader = array_record_module.ArrayRecordReader(
+                    str(self._shards[shard]), options="readahead_buffer_size:0"
+                )
                 self._readers[shard] = reader
             return self._readers[shard]
 
