@@ -142,7 +142,8 @@ class TrainConfig:
     compute: "float32" or "bfloat16"; master weights, moments and the loss stay float32.
     weights: safetensors to start the trainable parts from, {part: path}; parts not named start from the seed. A
         compressor also starts from its artifact's folder, such as `tcjax import` writes.
-    feature_cache: store the frozen tower's tokens once and share them between runs.
+    feature_cache: "float32" or "bfloat16" stores the frozen tower's tokens once, in that type, and shares them between
+        runs; "" runs the tower inline.
     save_every: steps between checkpoints (0: only the last). log_every: steps between lines of metrics.jsonl.
     """
 
@@ -159,7 +160,7 @@ class TrainConfig:
     accumulate: int = 1
     compute: str = "float32"
     weights: dict[str, str] = field(default_factory=dict)
-    feature_cache: bool = False
+    feature_cache: str = ""
     save_every: int = 500
     keep: int = 2
     log_every: int = 20

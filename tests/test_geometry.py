@@ -56,6 +56,8 @@ def test_pixels_are_those_of_the_pil_processor(case):
     differences = []
     for name, file in FILES.items():
         with Image.open(io.BytesIO(file)) as image:
+            if name == "sixteen bits":  # PIL makes everything above 255 white; we keep the high byte
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             out = processor(case)(image, do_rescale=False, do_normalize=False, return_tensors="np")
         ours, grid_2 = images.read(file, pixels_of(case), name)
         theirs = out["pixel_values"][0]
@@ -147,7 +149,7 @@ def test_a_bomb_is_refused_by_name_before_it_is_decoded():
         small = encoded(Image.new("1", (8, 8)))
         header = small[:16] + side.to_bytes(4, "big") * 2
         check = zlib.crc32((header + small[24:29])[12:]).to_bytes(4, "big")
-        with pytest.raises(images.CorruptImage, match=r"'board-7' cannot be read \(.*Bomb"):
+        with pytest.raises(images.CorruptImage, match=r"'board-7' cannot be read \(a decompression bomb"):
             images.decode(header + small[24:29] + check + small[33:], pixels_of("clip"), "board-7")
 
 
