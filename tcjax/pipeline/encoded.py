@@ -4,8 +4,9 @@
     rgb(encoded)     b"..." -> PIL image in RGB              decodes
 
 Pixels are PIL's `convert("RGB")`, as LLaVA's loader has them: of an animation the first frame; CMYK by PIL's plain formula;
-transparency is dropped; the EXIF orientation is ignored (LLaVA trains on such images lying on their side, and so do we, to
-stay comparable). One departure: 16-bit images keep their high byte, where PIL would make everything above 255 white.
+the EXIF orientation is ignored (LLaVA trains on such images lying on their side, and so do we, to stay comparable). Two
+departures: transparency is laid on white, as transformers does since 5.0 where LLaVA drops it and shows what colour lies
+beneath; 16-bit images keep their high byte, where PIL makes everything above 255 white.
 
 An image may hold `MAX_PIXELS` pixels, about 9,459 x 9,459 or 256 MiB as RGB: where PIL starts to warn of a decompression
 bomb. Formats that run other programs to be read (EPS) or are no single picture are not read at all.
@@ -36,15 +37,12 @@ SUFFIXES = {
     "PPM": (".ppm", ".pgm", ".pbm"),
 }
 
-_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError, Image.DecompressionBombWarning)
-
-
 def probe(encoded: bytes, image_id: str) -> tuple[str, tuple[int, int]]:
     """The format the bytes have, whatever the file is called, and (height, width); CorruptImage if they have none."""
     try:
         with _opened(encoded, image_id) as image:
             return str(image.format), (image.height, image.width)
-    except _UNREADABLE as error:
+    except Exception as error:  # damaged bytes lead a decoder anywhere: struct.error, KeyError, zlib.error, ...
         raise _corrupt(image_id, error) from error
 
 
@@ -52,16 +50,15 @@ def rgb(encoded: bytes, image_id: str) -> Image.Image:
     """The image in RGB; CorruptImage names one that is cut short, damaged, too large or no image at all."""
     try:
         with _opened(encoded, image_id) as image:
-            if image.mode == "RGB":
-                image.load()
-                return image.copy()
+            image.load()
+            if "A" in image.getbands() or image.info.get("transparency") is not None:
+                white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+                return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
             if image.mode.startswith("I;16") or image.mode == "I":
                 high_YX = np.clip(np.asarray(image).astype(np.int64) >> 8, 0, 255).astype(np.uint8)
                 return Image.fromarray(high_YX).convert("RGB")
-            image.load()
-            image.info.pop("transparency", None)  # of a palette it would only make PIL warn
             return image if image.mode == "RGB" else image.convert("RGB")
-    except _UNREADABLE as error:
+    except Exception as error:  # damaged bytes lead a decoder anywhere: struct.error, KeyError, zlib.error, ...
         raise _corrupt(image_id, error) from error
 
 

@@ -23,14 +23,14 @@ class Record(NamedTuple):
 
 
 class BadSample(ValueError):
-    """A row that cannot be trained on as it stands; the message names file, row and id.
+    """A record that is no sample: its text is no conversation, or its image is not where it should be. image_id names it.
 
     kind: which rule it breaks, as `tcjax data verify` counts it: "schema", "turns", "empty_answers", "image_marks",
     "missing_images", "empty_images" or "outside_root".
     """
 
-    def __init__(self, image_id: str, where: str, kind: str, reason: str):
-        super().__init__(f"{where}, id {image_id!r}: {reason}")
+    def __init__(self, image_id: str, reason: str, kind: str = "schema"):
+        super().__init__(f"sample {image_id!r} cannot be used ({reason}).")
         self.image_id, self.kind = image_id, kind
 
 

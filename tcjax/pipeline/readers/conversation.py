@@ -25,7 +25,7 @@ class Row(NamedTuple):
     image_id: str
 
     def bad(self, kind: str, reason: str) -> BadSample:
-        return BadSample(self.image_id, self.where, kind, reason)
+        return BadSample(self.image_id, f"{self.where}: {reason}", kind)
 
 
 def spoken(row: Row, conversations: Any) -> tuple[list[Turn], dict[str, Any]]:

@@ -66,9 +66,9 @@ class JsonRows:
             text = os.pread(self._file.fileno(), end - start, start).decode("utf-8")
             row, _ = json.JSONDecoder().raw_decode(text)
         except ValueError as error:  # both of Unicode and of JSON
-            raise BadSample(name, where, "schema", f"it is not JSON: {error}") from error
+            raise BadSample(name, f"{where}: it is not JSON: {error}") from error
         if not isinstance(row, dict):
-            raise BadSample(name, where, "schema", f"it is a {type(row).__name__}, not an object")
+            raise BadSample(name, f"{where}: it is a {type(row).__name__}, not an object")
         return row
 
 
@@ -96,6 +96,9 @@ def _scan_list(path: Path, file: BinaryIO) -> array:
         starts.append(start)
         pieces.skip(_SPACE)
     starts.append(pieces.position)
+    pieces.skip(_SPACE)
+    if pieces.peek():
+        raise _damaged(path, len(starts) - 1, pieces.position, "something follows the list")
     return starts
 
 

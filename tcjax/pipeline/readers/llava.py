@@ -46,8 +46,8 @@ class Llava:
         paths = found.get("image") or []
         return conversation_record(row, found, paths, lambda path: self._images.read(path, row))
 
-    def image_paths(self, index: int) -> list[str]:
-        """What the file says; the image that is read may have another suffix."""
+    def image_names(self, index: int) -> list[str]:
+        """What the file calls the row's images; the one that is read may have another suffix."""
         paths = self.rows[index].get("image") or []
         return [str(path) for path in paths] if isinstance(paths, list) else [str(paths)]
 

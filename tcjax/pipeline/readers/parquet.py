@@ -23,7 +23,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute
 import pyarrow.parquet as pq
 
 from tcjax.config import Source
@@ -69,6 +68,16 @@ class Parquet:
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def __getitem__(self, index: int) -> Record:
+        return self._record(*self._found(index))
+
+    def image_names(self, index: int) -> list[str]:
+        """The paths that stand beside the images' bytes, "" where none does."""
+        found, _, _ = self._found(index)
+        images = found.get("images") or [found.get("image")]
+        return [image.get("path") or "" if isinstance(image, dict) else "" for image in images]
+
+    def _found(self, index: int) -> tuple[dict[str, Any], Path, int]:
+        """A row as it lies there, its file, and its number among all rows."""
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
         whole = index if self._rows is None else int(self._rows[index])
@@ -76,7 +85,7 @@ class Parquet:
         table = self._table(group)
         at = whole - int(self._ends[group]) + table.num_rows
         path, _ = self._files[self._groups[group][0]]
-        return self._record(table.slice(at, 1).to_pylist()[0], path, whole)
+        return table.slice(at, 1).to_pylist()[0], path, whole
 
     def _record(self, found: dict[str, Any], path: Path, index: int) -> Record:
         name = found.get("id")
@@ -131,7 +140,7 @@ class Parquet:
             if not wanted:
                 raise ValueError(f"Source.min_rating={self._min}, and {self.folder} has none of {list(RATINGS)}.")
             table = self._read(group, [*wanted, "texts"])
-            lengths = pyarrow.compute.fill_null(pyarrow.compute.list_value_length(table["texts"]), 0).to_pylist()
+            lengths = [len(texts) if texts.is_valid else 0 for texts in table["texts"]]
             start = int(end) - table.num_rows
             for at, found in enumerate(table.select(wanted).to_pylist()):
                 if any(_rated(found, i, self._min) for i in range(lengths[at])):

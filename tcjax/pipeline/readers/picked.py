@@ -52,6 +52,10 @@ class Picked:
     def __getitem__(self, index: int) -> Record:
         return self.whole[int(self.index[index])]
 
+    def image_names(self, index: int) -> list[str]:
+        """As the whole source calls them, if it does."""
+        return image_names(self.whole, int(self.index[index]))
+
     @property
     def label_names(self) -> tuple[str, ...]:
         return self.whole.label_names
@@ -68,16 +72,30 @@ class Joined:
         return int(self._ends[-1])
 
     def __getitem__(self, index: int) -> Record:
+        part, at = self._place(index)
+        return part[at]
+
+    def image_names(self, index: int) -> list[str]:
+        """As the part calls them, if it does."""
+        return image_names(*self._place(index))
+
+    def _place(self, index: int) -> tuple[Records, int]:
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
         part = int(np.searchsorted(self._ends, index, side="right"))
-        return self.parts[part][index - int(self._ends[part]) + len(self.parts[part])]
+        return self.parts[part], index - int(self._ends[part]) + len(self.parts[part])
 
     @property
     def label_names(self) -> tuple[str, ...]:
         """Dense labels that every part has."""
         shared = set(self.parts[0].label_names).intersection(*(part.label_names for part in self.parts))
         return tuple(name for name in self.parts[0].label_names if name in shared)
+
+
+def image_names(records: Records, index: int) -> list[str]:
+    """What the images of a row are called where they were published; [] of formats that do not name them."""
+    called = getattr(records, "image_names", None)
+    return [] if called is None else called(index)
 
 
 def picked(whole: Records, sampling: str, seed: int = 0) -> Records:

@@ -75,7 +75,7 @@ class Prepared:
         if self._captions:
             said = fields.pop("captions")
             turns = [Turn("", text.decode().strip()) for text in said["text"]]
-            fields["caption_ids"] = said["id"]
+            fields["caption_ids"] = [int(number) for number in said["id"]]
             return Record((fields.pop("image"),), str(fields.pop("image/id")), turns, fields)
         image, image_id, turns = fields.pop("image"), fields.pop("image_id").decode(), fields.pop("turns")
         text = zip(turns["question"], turns["answer"], strict=True)

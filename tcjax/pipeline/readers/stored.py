@@ -142,4 +142,4 @@ def _rich(value: Any) -> Any:
         whole[:] = [_rich(item) for item in value["objects"]]
         return whole.reshape(value["shape"])
     content = np.frombuffer(base64.b64decode(value["array"]), np.dtype(value["dtype"]))
-    return content.reshape(value["shape"]).copy()
+    return content.reshape(value["shape"]).copy() if value["shape"] else content[0]

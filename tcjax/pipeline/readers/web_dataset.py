@@ -29,14 +29,16 @@ from tcjax.pipeline.readers.conversation import Row, checked, spoken
 from tcjax.pipeline.readers.files import files
 from tcjax.pipeline.sample import BrokenShard, Record, Turn
 
-IMAGES = frozenset(suffix[1:] for suffixes in SUFFIXES.values() for suffix in suffixes)
+# The kind of a member is its place here; images come first.
+IMAGES = tuple(dict.fromkeys(suffix for suffixes in SUFFIXES.values() for suffix in suffixes))
+_KINDS = (*IMAGES, ".txt", ".json")
+_TEXT, _JSON = len(IMAGES), len(IMAGES) + 1
 
 _NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)", re.DOTALL)
-_IMAGE, _TEXT, _JSON = range(3)
 
 
 class _Member(NamedTuple):
-    """A file in a tar: whose, of which kind, and where its bytes lie."""
+    """A file in a tar: whose, of which of `_KINDS`, and where its bytes lie."""
 
     key: str
     kind: int
@@ -97,22 +99,28 @@ class WebDataset:
         key = self._keys[self._key_ends[index] : self._key_ends[index + 1]].decode()
         tar = self.tars[int(self._owners[index])]
         row = Row(f"{tar} row {index}", key)
-        parts: dict[int, list[bytes]] = {_IMAGE: [], _TEXT: [], _JSON: []}
+        pictures, texts, objects = [], [], []
         with open(tar, "rb") as file:
             for at in range(int(self._first[index]), int(self._first[index + 1])):
                 file.seek(int(self._starts[at]))
                 content = file.read(size := int(self._sizes[at]))
                 if len(content) < size:
                     raise BrokenShard(f"{tar} lost its end since it was opened: {key!r} is cut short.")
-                if self._kinds[at] == _IMAGE and not content:
+                kind = int(self._kinds[at])
+                if kind < len(IMAGES) and not content:
                     raise row.bad("empty_images", "its image has 0 bytes")
-                parts[int(self._kinds[at])].append(content)
-        found = _object(row, parts[_JSON])
-        turns, fields = _turns(row, parts[_TEXT], found)
-        images = tuple(parts[_IMAGE])
-        if not images and "conversations" not in found:
+                {_TEXT: texts, _JSON: objects}.get(kind, pictures).append(content)
+        found = _object(row, objects)
+        turns, fields = _turns(row, texts, found)
+        if not pictures and "conversations" not in found:
             raise row.bad("missing_images", "a caption without an image")
-        return Record(images, key, checked(row, turns, len(images)), fields)
+        return Record(tuple(pictures), key, checked(row, turns, len(pictures)), fields)
+
+    def image_names(self, index: int) -> list[str]:
+        """What the images are called in the tar, by key and last suffix."""
+        key = self._keys[self._key_ends[index] : self._key_ends[index + 1]].decode()
+        kinds = self._kinds[int(self._first[index]) : int(self._first[index + 1])]
+        return [key + _KINDS[kind] for kind in kinds if kind < len(IMAGES)]
 
 
 def open_web_dataset(root: Path, source: Source) -> WebDataset:
@@ -127,12 +135,12 @@ def _members(tar: Path) -> Iterator[_Member]:
     try:
         with tarfile.open(tar, "r:") as archive:
             while entry := archive.next():
-                archive.members = []  # or it would keep every header it ever read
+                archive.members = []  # pyright: ignore[reportAttributeAccessIssue]  # it would keep every header it read
                 found = _NAME.fullmatch(entry.name)
                 if not entry.isreg() or not found or found[1].rpartition("/")[2].startswith("__"):
                     continue
-                ending = found[2].lower().rpartition(".")[2]
-                kind = _IMAGE if ending in IMAGES else {"txt": _TEXT, "json": _JSON}.get(ending)
+                ending = "." + found[2].lower().rpartition(".")[2]
+                kind = _KINDS.index(ending) if ending in _KINDS else None
                 if entry.offset_data + entry.size > size:
                     raise _cut(tar, f"{entry.name} should end at byte {entry.offset_data + entry.size}")
                 if kind is not None:
