@@ -37,6 +37,7 @@ SUFFIXES = {
     "PPM": (".ppm", ".pgm", ".pbm"),
 }
 
+
 def probe(encoded: bytes, image_id: str) -> tuple[str, tuple[int, int]]:
     """The format the bytes have, whatever the file is called, and (height, width); CorruptImage if they have none."""
     try:
