@@ -176,3 +176,21 @@ def test_coco_captions_of_tfds(tmp_path):
     assert record.turns == [Turn("", f"red {k}") for k in range(5)]
     assert record.fields["caption_ids"] == [30, 31, 32, 33, 34]
     assert record.fields["image/filename"] == b"COCO_train2014_000000000003.jpg"
+
+
+def test_what_tfds_prepared_for_tensorflow_or_of_another_kind_is_refused(tmp_path):
+    make_coco(tmp_path / "tfds")
+    (info,) = (tmp_path / "tfds").rglob("dataset_info.json")
+    (features,) = (tmp_path / "tfds").rglob("features.json")
+    whole, fields = info.read_text(), features.read_text()
+    info.write_text(whole.replace("array_record", "tfrecord"))
+    with pytest.raises(
+        ValueError, match=r"was prepared as tfrecord, which only TensorFlow reads; .*file_format=array_record"
+    ):
+        opened(tmp_path, "tfds")
+    info.write_text(whole)
+    features.write_text(fields.replace('"captions"', '"sentences"'))
+    with pytest.raises(
+        ValueError, match=r"has the features \['image', .*'sentences'\]; a dataset needs image, image_id"
+    ):
+        opened(tmp_path, "tfds")

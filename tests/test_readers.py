@@ -2,16 +2,23 @@
 
 import json
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tcjax.config import Source
 from tcjax.pipeline.readers import json_rows
 from tcjax.pipeline.readers.picked import pick
 from tcjax.pipeline.sample import outline
 from tcjax.pipeline.source import BadSample, Record, Turn, format_of, open_source
+from tcjax.pipeline.store import store
 from tests.published import (
+    fine_vision_rows,
     image,
     mix_rows,
     pretrain_rows,
@@ -81,6 +88,29 @@ def test_json_lines_lists_and_any_white_space_are_the_same_rows(tmp_path, monkey
         assert everything(opened(tmp_path, name)) == expected
 
 
+LEAVES = st.none() | st.booleans() | st.integers(-(2**60), 2**60) | st.text(max_size=8)
+VALUES = st.recursive(
+    LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3)
+)
+
+
+@given(
+    rows=st.lists(st.dictionaries(st.text(max_size=4), VALUES, max_size=4), min_size=1, max_size=6),
+    ascii_only=st.booleans(),
+    indent=st.sampled_from([None, 0, 1]),
+    piece=st.integers(1, 50),
+)
+@settings(max_examples=150, deadline=None, database=None)
+def test_any_list_of_objects_is_found_again_row_by_row(rows, ascii_only, indent, piece):
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "rows.json"
+        path.write_text(json.dumps(rows, ensure_ascii=ascii_only, indent=indent), encoding="utf-8")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(json_rows, "_PIECE", piece)
+            found = json_rows.JsonRows(path)
+        assert [found[i] for i in range(len(found))] == rows
+
+
 def test_a_big_file_takes_eight_bytes_per_row_and_is_never_whole_in_memory(tmp_path):
     row = json.dumps({"id": "0", "conversations": said(0, marks=0, turns=2), "model": "x" * 700})
     num = 20_000
@@ -118,7 +148,7 @@ def test_a_system_turn_is_kept_aside(tmp_path):
 
 
 def test_sampling_counts_as_llava_next_does():
-    # (sampling, rows) -> kept, by running the branch of llava/train/train.py that applies the strategy
+    # (sampling, rows) -> kept, by running the lines of LLaVA-NeXT's llava/train/train.py (df17966) that apply a strategy
     for (sampling, total), kept in {
         ("first:3", 10): 3, ("first:30", 10): 10, ("first:10%", 11): 2, ("first:7%", 100): 7, ("first:29%", 100): 29,
         ("end:4", 10): 4, ("end:33%", 10): 4, ("end:100%", 7): 7, ("random:1%", 665_298): 6653, ("random:5", 10): 5,
@@ -158,6 +188,20 @@ def test_a_mixture_is_its_parts_end_to_end(tmp_path):
 
 
 # all of them
+
+
+def test_threads_read_what_one_would(tmp_path):
+    rows = mix_rows()
+    write_json(tmp_path, rows)
+    write_tar(tmp_path / "a.tar", tar_of(rows, tmp_path))
+    write_parquet(tmp_path / "a.parquet", fine_vision_rows(), group=2)
+    store(opened(tmp_path, "data.json"), tmp_path / "stored", source={}, shard=3)
+    order = [int(i) for i in np.random.default_rng(0).integers(0, 10, 300)]
+    for path in ("data.json", "a.tar", "a.parquet", "stored"):
+        records = opened(tmp_path, path)
+        expected = everything(records)
+        with ThreadPoolExecutor(6) as pool:
+            assert list(pool.map(records.__getitem__, order)) == [expected[i] for i in order]
 
 
 def test_an_outline_needs_no_image(tmp_path):
