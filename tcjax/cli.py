@@ -246,10 +246,10 @@ def _data(arguments: list[str]) -> int:
         print(prepare.prepare(asked.folder))
         return 0
     from tcjax.config import Pixels, Source
-    from tcjax.pipeline.chat import Chat, load_tokenizer
+    from tcjax.pipeline.chat import open_chat
     from tcjax.pipeline.source import open_source
 
-    chat = Chat(load_tokenizer(asked.tokenizer))
+    chat = open_chat(asked.tokenizer)
     prepared = open_source(root, Source(path=str(asked.folder.resolve().relative_to(root)), split=asked.split))
     pixels = Pixels(size_YX=pair(asked.size, "--size"))
     if asked.action == "preview":

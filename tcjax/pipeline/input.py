@@ -19,7 +19,7 @@ import numpy as np
 from tcjax.batch import Batch
 from tcjax.config import DataConfig, Pixels
 from tcjax.pipeline import images
-from tcjax.pipeline.chat import Chat, Template, fitted, load_tokenizer
+from tcjax.pipeline.chat import Chat, fitted, open_chat
 from tcjax.pipeline.sample import Record, Records
 from tcjax.pipeline.source import open_source
 
@@ -177,7 +177,6 @@ def make_input(
     features: Sequence[np.ndarray] | np.ndarray | tuple | None = None,
     patch: int | None = None,
     labels: tuple[str, ...] = LABELS,
-    template: Template = Template(),
     instructed: bool = False,
 ) -> Input:
     """This process's share of every global batch.
@@ -202,7 +201,7 @@ def make_input(
     per_source = features if isinstance(features, tuple) else (features,)
     if features is not None and len(per_source) != len(data.sources):
         raise ValueError(f"{len(per_source)} feature caches for {len(data.sources)} sources; pass a tuple, one each.")
-    chat = Chat(load_tokenizer(root / data.tokenizer), template)
+    chat = open_chat(root / data.tokenizer, data.template)
     samples, streams = [], []
     for i, source in enumerate(data.sources):
         cached = None if features is None else per_source[i]

@@ -15,7 +15,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
@@ -47,7 +47,7 @@ def read(path: Path) -> Model:
     """The parsed file; ValueError if it is not a whole SentencePiece model."""
     try:
         model = _parse(path.read_bytes())
-    except (ValueError, IndexError, struct.error) as error:
+    except (ValueError, TypeError, AttributeError, IndexError, struct.error) as error:  # whatever other bytes look like
         raise ValueError(
             f"{path} is not a whole SentencePiece model ({error}); copy it again from the checkpoint."
         ) from error
@@ -130,7 +130,7 @@ def _parse(message: bytes) -> Model:
     return Model(pieces, kind, byte_fallback, dummy_prefix, keeps_blanks, charsmap)
 
 
-def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
+def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
     """(number, value) of a protobuf message's fields: whole numbers for varints, bytes for everything else."""
     at = 0
     while at < len(message):

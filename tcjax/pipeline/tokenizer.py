@@ -98,14 +98,13 @@ def _add_tokens(tokenizer: Tokenizer, folder: Path, config: dict[str, Any]) -> N
     added = {int(i): token for i, token in config.get("added_tokens_decoder", {}).items()}
     for text, i in _json(folder / "added_tokens.json").items():
         added.setdefault(i, {"content": text, "special": True})
+    known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
     for i, token in sorted(added.items()):
-        text = token["content"]
-        options = {key: token.get(key, False) for key in ("single_word", "lstrip", "rstrip")}
-        made = AddedToken(text, normalized=False, special=token.get("special", False), **options)
-        if tokenizer.token_to_id(text) is None or text not in {
-            known.content for known in tokenizer.get_added_tokens_decoder().values()
-        }:
-            (tokenizer.add_special_tokens if made.special else tokenizer.add_tokens)([made])
+        text, special = token["content"], token.get("special", False)
+        if text not in known:
+            options = {key: token.get(key, False) for key in ("single_word", "lstrip", "rstrip")}
+            add = tokenizer.add_special_tokens if special else tokenizer.add_tokens
+            add([AddedToken(text, normalized=False, special=special, **options)])
         if tokenizer.token_to_id(text) != i:
             raise ValueError(
                 f"{folder} says that {text!r} has id {i}, its tokenizer says {tokenizer.token_to_id(text)}: the files are "

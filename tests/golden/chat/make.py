@@ -125,7 +125,7 @@ def llava() -> dict:
             found[f"{name}/{'legacy' if legacy else 'new'}"] = rows
     conversation.default_conversation = conversation.conv_templates["v1"]
     written = conversation.default_conversation.copy()
-    for role, text in zip(written.roles * 2, ("<image>\nQ1", "A1", "Q2", "A2")):
+    for role, text in zip(written.roles * 2, ("<image>\nQ1", "A1", "Q2", "A2"), strict=True):
         written.append_message(role, text)
     return found | {"v1/prompt": written.get_prompt()}
 
@@ -317,4 +317,4 @@ if __name__ == "__main__":
     text = json.dumps(made, separators=(",", ":"))
     (HERE / "golden.json.gz").write_bytes(gzip.compress(text.encode(), mtime=0))
     for name, rows in made["llava"].items():
-        print(name, sum("warned" not in row for row in rows), "of", len(rows), "without a warning")
+        print(name, *([rows] if isinstance(rows, str) else ["warned about", sum("warned" in row for row in rows)]))
