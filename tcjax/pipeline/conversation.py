@@ -41,7 +41,9 @@ class Piece(NamedTuple):
 def images_by_turn(questions: Sequence[str], num_images: int, name: str = "") -> list[int]:
     """How many of a sample's images each question shows; BadConversation if its marks are not as many as its images."""
     marks = [question.count(MARK) for question in questions]
-    if not sum(marks) and questions:
+    if not questions:
+        return []
+    if not sum(marks):
         return [num_images, *marks[1:]]
     if sum(marks) != num_images:
         raise BadConversation(
