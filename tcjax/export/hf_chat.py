@@ -72,7 +72,7 @@ def check(chat: Chat) -> None:
             f"pad, for instance dataclasses.replace(template, pad={template.stop or template.end!r})."
         )
     text = words(chat, 3)
-    turns = [Turn(text, text), Turn(text, text)]
+    turns = [Turn(text, text)] * (2 if template.question else 1)
     trained = chat.compose(turns, num_queries=2, text_length=10**6).ids
     written = "".join(p.text * (2 if p.image else 1) for p in pieces(template, turns, 1))
     found = chat.tokenizer.encode(written if puts_begin(chat) else template.begin + written).ids

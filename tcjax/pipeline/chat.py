@@ -210,35 +210,41 @@ class Chat:
         return tokens
 
     def _of_pass(self, group: list[Piece]) -> list[_Token]:
+        """A token is of the last piece it has characters of, and learned if any of its pieces is."""
+        roles = [(piece.turn, piece.image, piece.said, piece.supervised) for piece in group]
         if len(group) == 1:
-            (piece,) = group
-            ids = (self.image_id,) if piece.image else self.encode(piece.text)
-            return [self._token(i, group) for i in ids]
+            ids = (self.image_id,) if group[0].image else self.encode(group[0].text)
+            return [self._token(i, *roles[0]) for i in ids]
         text = "".join(piece.text for piece in group)
         encoding = self._plain.encode(text, add_special_tokens=False)
-        self._refuse_unknown(text, encoding.ids)
+        ids, offsets = encoding.ids, encoding.offsets
+        self._refuse_unknown(text, ids)
         owner = [place for place, piece in enumerate(group) for _ in piece.text]
         tokens = []
-        for i, (first, past) in zip(encoding.ids, encoding.offsets, strict=True):
-            first = min(first, len(owner) - 1)
-            tokens.append(self._token(i, group[owner[first] : owner[max(past - 1, first)] + 1]))
+        for i, (start, past) in zip(ids, offsets, strict=True):
+            first, last = owner[min(start, len(owner) - 1)], owner[max(past - 1, 0)]
+            turn, image, said, supervised = roles[last]
+            for _, _, also_said, also_supervised in roles[first:last]:
+                said, supervised = said or also_said, supervised or also_supervised
+            tokens.append(self._token(i, turn, image, said, supervised))
         return tokens
 
-    def _token(self, i: int, owners: list[Piece]) -> _Token:
-        """A token of these pieces: learned if any of them is."""
-        last = owners[-1]
-        if last.image:
-            return _Token(i, last.turn, True)
-        supervised = any(piece.supervised for piece in owners) or i in self._everywhere
-        return _Token(i, last.turn, False, any(piece.said for piece in owners), supervised)
+    def _token(self, i: int, turn: int, image: bool, said: bool, supervised: bool) -> _Token:
+        if image:
+            return _Token(self.image_id, turn, True, False, False)
+        return _Token(i, turn, False, said, supervised or i in self._everywhere)
 
     def _spread(
         self, tokens: list[_Token], num_queries: int, num_images: int, dropped: int, instruction: tuple, truncated: int
     ) -> Composed:
         """Every image's token num_queries times."""
-        spread = [token for token in tokens for _ in range(num_queries if token.image else 1)]
-        ids, turns = [token.id for token in spread], [token.turn for token in spread]
-        is_image, supervised = [token.image for token in spread], [token.supervised for token in spread]
+        spread: list[_Token] = []
+        for token in tokens:
+            if token.image:
+                spread += [token] * num_queries
+            else:
+                spread.append(token)
+        ids, turns, is_image, _, supervised = map(list, zip(*spread, strict=True)) if spread else ([] for _ in range(5))
         return Composed(ids, is_image, supervised, turns, num_images, dropped, instruction, truncated)
 
     def _behind_answer(self, text: str) -> tuple[int, ...]:
@@ -307,4 +313,4 @@ def _without_post_processor(tokenizer: Tokenizer) -> Tokenizer:
 
 def _text(tokens: list[_Token], turns: int | None = None) -> int:
     """Positions that are no image, of the first `turns` turns or of all."""
-    return sum(not token.image and (turns is None or token.turn <= turns) for token in tokens)
+    return sum([not token.image and (turns is None or token.turn <= turns) for token in tokens])
