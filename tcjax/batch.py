@@ -10,7 +10,7 @@ Array = Any  # numpy on the host, jax on the device; jaxtyping does not look int
 class Batch(NamedTuple):
     """What a step reads. A field that a run does not use is None and costs nothing.
 
-    tokens_BS: int32 text ids; at image positions the tokenizer's image id.
+    tokens_BS: int32 text ids; at image positions some id of the tokenizer, is_image_BS alone says which those are.
     is_image_BS: bool, exactly Q True per row that has an image; their running count indexes the Q visual tokens.
     supervised_BS: bool, True where this token is a target (answers and their end mark). Not shifted.
     valid_BS: bool, False on padding.

@@ -112,6 +112,7 @@ def _content(root: Path, text: str) -> str:
         return ""
     if path.is_file():
         return file_hash(path)
-    # Names, sizes and record counts of every shard; of an artifact, the hash of every file.
+    # Names, sizes and record counts of every shard; of an artifact, the hash of every file; of a checkpoint, its tokenizer.
     facts = sorted(path.glob("prepared/**/dataset_info.json")) or sorted(path.glob("manifest.json"))
+    facts = facts or sorted(path.glob("*token*"))
     return hashlib.sha256("".join(file_hash(fact) for fact in facts).encode()).hexdigest() if facts else ""

@@ -41,12 +41,13 @@ def tokenizer(kind: str) -> Tokenizer:
     return sentencepiece.tokenizer(MODEL, legacy=kind == "legacy")
 
 
-def samples(num: int) -> list[tuple[int, list[Turn]]]:
-    """(number of images, turns) of the golden conversations."""
+def samples(num: int, several: bool = False) -> list[tuple[int, list[Turn]]]:
+    """(number of images, turns) of the golden conversations. several: those with an image in every turn."""
     found = []
-    for sample in CORPUS.conversations(num):
+    for sample in CORPUS.several(num) if several else CORPUS.conversations(num):
         said = [message["value"] for message in sample["conversations"]]
-        found.append((int("image" in sample), [Turn(*pair) for pair in zip(said[::2], said[1::2], strict=True)]))
+        turns = [Turn(*pair) for pair in zip(said[::2], said[1::2], strict=True)]
+        found.append((len(turns) if several else int("image" in sample), turns))
     return found
 
 

@@ -49,6 +49,18 @@ def conversations(num: int, seed: int = 0) -> list[dict]:
     return found
 
 
+def several(num: int, seed: int = 5) -> list[dict]:
+    """Conversations that show an image in every turn."""
+    random_, found = random.Random(seed), []
+    for _ in range(num):
+        turns = []
+        for _ in range(random_.choice((2, 3))):
+            question = f"<image>\n{sentence(random_)}" if random_.random() < 0.5 else f"{sentence(random_)}\n<image>"
+            turns += [{"from": "human", "value": question}, {"from": "gpt", "value": sentence(random_)}]
+        found.append({"image": "a.jpg", "conversations": turns})
+    return found
+
+
 def lines(seed: int = 1) -> list[str]:
     """What the tokenizers are trained on. "USER" is often inside a word and "US" often begins one, as in Llama's own
     corpus: there " USER" is two pieces and "USER" behind an end mark is one, which LLaVA's mask relies on."""

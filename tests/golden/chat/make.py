@@ -105,11 +105,14 @@ def llava() -> dict:
         for name, preprocess in (
             ("v1", run.preprocess_v1),
             ("llava_llama_2", run.preprocess_llama_2),
+            ("v1 several", run.preprocess_v1),
             ("plain", lambda sources, tokenizer, has_image: run.preprocess_plain(sources, tokenizer)),
         ):
-            conversation.default_conversation = conversation.conv_templates[name]
+            conversation.default_conversation = conversation.conv_templates[name.split()[0]]
             rows = []
-            for sample in corpus.conversations(NUM if name == "v1" else FEW):
+            for sample in (
+                corpus.several(FEW) if "several" in name else corpus.conversations(NUM if name == "v1" else FEW)
+            ):
                 source = copy.deepcopy(sample["conversations"])
                 if name == "plain":
                     if "image" not in sample:
@@ -122,7 +125,7 @@ def llava() -> dict:
                     out = preprocess([source], tokenizer, has_image=has_image)
                 ids, labels = out["input_ids"][0].tolist(), out["labels"][0].tolist()
                 rows.append(row(ids, labels, "mismatch" in said.getvalue()))
-            found[f"{name}/{'legacy' if legacy else 'new'}"] = rows
+            found[f"{name.replace(' ', '-')}/{'legacy' if legacy else 'new'}"] = rows
     conversation.default_conversation = conversation.conv_templates["v1"]
     written = conversation.default_conversation.copy()
     for role, text in zip(written.roles * 2, ("<image>\nQ1", "A1", "Q2", "A2"), strict=True):
