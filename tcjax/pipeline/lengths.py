@@ -22,11 +22,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import tcjax
-from tcjax.config import DataConfig, Source, Template
-from tcjax.pipeline.chat import Chat, Unsupervised
+from tcjax.config import DataConfig, Source
+from tcjax.identity import content
+from tcjax.pipeline.chat import BadConversation, Chat, Unsupervised
 from tcjax.pipeline.order import Place
 from tcjax.pipeline.sample import BadSample, Records
-from tcjax.record import file_hash, fingerprint, to_dict
+from tcjax.record import fingerprint, to_dict
 
 FOLDER = "runs/lengths"
 _CHUNK = 1024  # records handed to the threads between two reports of progress
@@ -102,13 +103,13 @@ def measured(
     return found
 
 
-def facts_of(root: Path, source: Source, data: DataConfig, template: Template, num: int) -> dict[str, Any]:
+def facts_of(root: Path, source: Source, data: DataConfig, num: int) -> dict[str, Any]:
     """Everything the lengths of a source depend on, JSON types. The source's weight is not of it."""
     return {
         "source": fingerprint(replace(source, weight=1.0), root),
         "records": num,
-        "tokenizer": file_hash(root / data.tokenizer),
-        "template": to_dict(template),
+        "tokenizer": content(root, data.tokenizer),
+        "template": to_dict(data.template),
         "text_length": data.text_length,
         "turns": data.turns,
         "version": tcjax.__version__,
@@ -137,6 +138,8 @@ def _measure(
             entries.append(len(composed.ids))
         except Unsupervised:
             entries.append(0)
+        except BadConversation:
+            return [0], len(record.images), ("bad_samples", record.image_id)
     bad = None if any(entries) else ("unsupervised", record.image_id)
     return entries or [0], len(record.images), bad
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from tcjax.config import DataConfig, Pixels
 from tcjax.pipeline import images
-from tcjax.pipeline.chat import Chat, Unsupervised
+from tcjax.pipeline.chat import BadConversation, Chat, Unsupervised
 from tcjax.pipeline.lengths import Lengths
 from tcjax.pipeline.order import Place
 from tcjax.pipeline.row import Features, Sample
@@ -83,7 +83,7 @@ class Samples:
             return None
         try:
             sample = self._read(place)
-        except (images.CorruptImage, BadSample, Unsupervised) as error:
+        except (images.CorruptImage, BadSample, BadConversation) as error:
             self._count(place.index, error)
             return None
         self._seen[place.index] = True
