@@ -58,7 +58,7 @@ def rgb(encoded: bytes, image_id: str) -> Image.Image:
             if image.mode.startswith("I;16") or image.mode == "I":
                 high_YX = np.clip(np.asarray(image).astype(np.int64) >> 8, 0, 255).astype(np.uint8)
                 return Image.fromarray(high_YX).convert("RGB")
-            return image.convert("RGB")
+            return image if image.mode == "RGB" else image.convert("RGB")
     except Exception as error:  # damaged bytes lead a decoder anywhere: struct.error, KeyError, zlib.error, ...
         raise _corrupt(image_id, error) from error
 
