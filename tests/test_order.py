@@ -103,7 +103,7 @@ def test_a_resumed_input_reads_only_what_it_hands_out(tmp_path, monkeypatch, bat
     fresh = make(config, tmp_path)
     fresh.set_state(state)
     assert not source.reads
-    slots = [fresh._plan[row] for row in range(20, 28)]
+    slots = [fresh.plan[row] for row in range(20, 28)]
     expected = Counter(place.index for slot in slots for place in slot.places)
     take(fresh, 2)
     assert source.reads == expected
@@ -112,6 +112,7 @@ def test_a_resumed_input_reads_only_what_it_hands_out(tmp_path, monkeypatch, bat
 @pytest.mark.parametrize("batching", BATCHINGS)
 def test_another_seed_is_another_order(tmp_path, monkeypatch, batching):
     config = opened(monkeypatch, tmp_path, mixed(), batching=batching)
+    monkeypatch.setattr("tcjax.pipeline.packing.WINDOW", 64)
     one, other, again = (take(make(dataclasses.replace(config, seed=seed), tmp_path), 3) for seed in (0, 1, 0))
     assert same(one, again) and not same(one, other)
 
@@ -218,7 +219,7 @@ def test_measured_lengths_are_those_of_the_rows(tmp_path, monkeypatch, turns):
     source = mixed(num=40, most=2)
     config = opened(monkeypatch, tmp_path, source, turns=turns, images=2, batch=1)
     batches = take(make(config, tmp_path), 40)
-    known = lengths.measured(source, make(config, tmp_path)._samples[0].chat, config)
+    known = lengths.measured(source, make(config, tmp_path).samples[0].chat, config)
     stream = global_order([40], config.sources, seed=0, turns=turns)
     for position, batch in enumerate(batches):
         text = known.text(stream[position], config)

@@ -31,6 +31,7 @@ class Composed(NamedTuple):
 
     num_images: whose Q positions each are among the ids. dropped: turns that did not fit.
     instruction: ids of the kept turns' questions alone, without marks, one after another.
+    truncated: tokens cut off the end of an answer.
     """
 
     ids: list[int]
@@ -40,6 +41,7 @@ class Composed(NamedTuple):
     num_images: int
     dropped: int = 0
     instruction: tuple[int, ...] = ()
+    truncated: int = 0
 
 
 class Rendered(NamedTuple):

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
+
+
+MARK = "<image>"
 
 
 class Turn(NamedTuple):
@@ -30,8 +34,21 @@ class Record(NamedTuple):
     fields: dict[str, Any]
 
 
+def some_turns(turns: Sequence[Turn], chosen: Sequence[int]) -> list[Turn]:
+    """Some turns of a conversation, asked without the others: marks go, so that all its images come before them."""
+    if len(chosen) == len(turns):
+        return list(turns)
+    return [
+        turn._replace(question=turn.question.replace(MARK, "").strip()) if MARK in turn.question else turn
+        for turn in (turns[number] for number in chosen)
+    ]
+
+
 class Records(Protocol):
     """Random access to one split of one source; `len()` is the number of records.
+
+    A reader may also have `outline(index) -> Record`, the same record with b"" for every image: lengths are measured by it,
+    without reading the images.
 
     name: of dataset, configuration and version. folder, split: where it lies, for messages.
     label_names: dense labels its records carry (integer grids, by field).
