@@ -171,8 +171,8 @@ class _Rows:
     def __len__(self) -> int:
         return sys.maxsize // 2
 
-    def __getitem__(self, row: int) -> Batch:
-        slot = self._plan[row]
+    def __getitem__(self, index: int) -> Batch:
+        slot = self._plan[index]
         if self._skipping:
             found = [self._samples[place.source].read(place) for place in slot.places]
             return self._layout.row([sample for sample in found if sample is not None], slot.length)
@@ -235,7 +235,8 @@ def _check(data: DataConfig, process_count: int, patch: int | None) -> None:
 
 
 def _readable(features: Any, prepared: Records) -> Features:
-    return features if callable(features) else ArrayFeatures(features, prepared)
+    known: Features = features if callable(features) else ArrayFeatures(features, prepared)  # pyright: ignore
+    return known
 
 
 def _some(names: list[str]) -> str:
