@@ -24,7 +24,10 @@ class Batch(NamedTuple):
         compressor, never an answer. A row of -1 is the null text; None where no compressor asks for it.
     index_B: of every image: int32 position of the record in its source, so that what is drawn per image is the same in
         every epoch; for a record's image number j > 0, j times the source's records are added.
-    images_BYX3: float32 normalised pixels; None when the tower's features are cached.
+    images_BYX3: uint8 pixels, which the tower normalises, or float32 that are already; None when the tower's features are
+        cached. For a tower that reads images of any shape (Pixels.geometry "naflex") Y is the patches, zero behind an
+        image's own, and X the pixels of one, row by row.
+    grids_B2: of every image: int32 rows and columns of its own patches, for such a tower; also beside cached features.
     features_BNC: of every image: float32 tower tokens from the cache; None when images are given.
     patch_labels_BNL: of every image: int32 dense labels per patch (one column per kind of label); for training a tower.
     """
@@ -37,6 +40,7 @@ class Batch(NamedTuple):
     instruction_BT: Array = None
     index_B: Array = None
     images_BYX3: Array = None
+    grids_B2: Array = None
     features_BNC: Array = None
     patch_labels_BNL: Array = None
 

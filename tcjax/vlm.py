@@ -3,13 +3,13 @@
 The splice is static: a row has R images, R a number of the batch's shapes, and the running count of its image positions
 indexes its R * Q visual tokens. A row with fewer images carries blank ones that no position refers to.
 A visual token that the compressor marks invalid is hidden from attention and takes no position.
-A compressor may be told the question (`Batch.instruction_BT`, embedded by the LLM's own table, without positions) and
-the tower's earlier layers; what it does at random it does in training only, by a key per sample and step.
+A compressor may be told the question (`Batch.instruction_BT`, embedded by the LLM's own table, without positions), the
+tower's earlier layers, and as prior scores what the tower itself looks at (the first score among `VitConfig.probes`); what
+it does at random it does in training only, by a key per sample and step.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -21,6 +21,9 @@ from tcjax import loss
 from tcjax.batch import Batch
 from tcjax.compressors.base import Compressed, Compressor, CompressorConfig, Context, Widths
 from tcjax.llms.decoder import Decoder, LlmConfig
+from tcjax.towers import naflex
+from tcjax.towers.blocks import SCORES
+from tcjax.towers.dual import Dual, DualConfig
 from tcjax.towers.vit import Vit, VitConfig
 
 
@@ -31,7 +34,7 @@ class VlmConfig:
     seen: the tower as it is built, with what the compressor wants of it (`CompressorConfig.of_tower`).
     """
 
-    tower: VitConfig
+    tower: VitConfig | DualConfig
     compressor: object
     llm: LlmConfig
 
@@ -44,11 +47,20 @@ class VlmConfig:
             text_D=self.llm.width,
             levels=len(self.seen.levels),
             extra=int(self.seen.keep_class),
+            ragged=self.seen.ragged,
         )
 
     @cached_property
-    def seen(self) -> VitConfig:
-        return dataclasses.replace(self.tower, **self._compressor.of_tower())
+    def seen(self) -> VitConfig | DualConfig:
+        fields = self._compressor.of_tower()
+        return self.tower.giving(**fields) if fields else self.tower
+
+    @property
+    def one_tower(self) -> VitConfig:
+        """`seen` where it is one tower; ValueError for two side by side."""
+        if isinstance(self.seen, DualConfig):
+            raise ValueError("the tower is two towers side by side (DualConfig), and this holds one alone.")
+        return self.seen
 
     @property
     def _compressor(self) -> CompressorConfig:
@@ -56,7 +68,12 @@ class VlmConfig:
 
     @property
     def num_queries(self) -> int:
-        """Q, the visual tokens the LLM sees; ValueError if the compressor cannot give them on this grid."""
+        """Q, the visual tokens the LLM sees; ValueError if the compressor cannot give them on this grid or from this tower."""
+        if "prior" in self._compressor.needs and not set(self.seen.probes) & set(SCORES):
+            raise ValueError(
+                f"{self._compressor.family} starts from scores of the tokens, and this tower tells none: "
+                f"probes={self.seen.probes}; name one of {SCORES} in VitConfig.probes."
+            )
         return self._compressor.outputs(self.widths)
 
     @property
@@ -85,19 +102,27 @@ class Vlm(nnx.Module):
         config.num_queries  # noqa: B018  an impossible Q is said before anything is built
         compressor: CompressorConfig = config.compressor  # pyright: ignore[reportAssignmentType]
         self.averaged_over = config.averaged_over
-        self.tower: Vit = config.seen.build(rngs)
+        self.tower: Vit | Dual = config.seen.build(rngs)
         self.compressor: Compressor = compressor.build(config.widths, rngs)
         self.llm: Decoder = config.llm.build(rngs)
 
     def see(self, batch: Batch) -> jax.Array:
-        """What the tower hands over, from pixels or from the cache: tokens_BNC, and behind them its earlier layers."""
-        return self.tower(batch.images_BYX3) if batch.features_BNC is None else batch.features_BNC
+        """What the tower hands over, from pixels or from the cache: tokens_BNC, behind them its earlier layers and probes."""
+        return self.tower(batch.images_BYX3, batch.grids_B2) if batch.features_BNC is None else batch.features_BNC
 
     def compress(self, batch: Batch, context: Context = Context()) -> Compressed:
-        seen_BNC, C = self.see(batch), self.tower.cfg.width
+        cfg, seen_BNC = self.tower.cfg, self.see(batch)
+        C, behind = cfg.width, (1 + len(cfg.levels)) * cfg.width
         context = context._replace(index_B=batch.index_B)
-        if self.tower.cfg.levels:
-            context = context._replace(levels_BNE=seen_BNC[..., C:])
+        if cfg.levels:
+            context = context._replace(levels_BNE=seen_BNC[..., C:behind])
+        for probe in cfg.probes:
+            if probe in SCORES and context.prior_BN is None:
+                context = context._replace(prior_BN=seen_BNC[..., behind])
+            behind += 1 if probe in SCORES else C
+        if cfg.ragged:
+            grids_B2 = naflex.check_grids(batch.grids_B2, len(seen_BNC))
+            context = context._replace(valid_BN=naflex.valid(grids_B2, seen_BNC.shape[1]))
         if batch.instruction_BT is not None:
             ids_BT = batch.instruction_BT
             text_BTD = self.llm.embed(jnp.maximum(ids_BT, 0))

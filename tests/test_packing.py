@@ -11,6 +11,7 @@ from flax import nnx
 from tcjax.batch import OF_ROWS, Batch
 from tcjax.compressors import avg_pool, resampler
 from tcjax.config import MeshConfig
+from tcjax.pipeline import images
 from tcjax.pipeline.input import make_input
 from tcjax.pipeline.packing import best_fit
 from tcjax.sharding import make_mesh, place_batch
@@ -251,7 +252,7 @@ def test_what_a_blank_slot_holds_changes_nothing(tmp_path, monkeypatch, built):
     batch = rows_of(monkeypatch, tmp_path, [2, 0, 1, 0], [[2], [3], [4], [1]], images=2)
     blank = batch.index_B == -1
     assert blank.sum() == 5
-    noise = np.random.default_rng(0).normal(size=batch.images_BYX3.shape).astype(np.float32)
+    noise = np.random.default_rng(0).integers(0, 256, batch.images_BYX3.shape, np.uint8)
     filled = batch._replace(
         images_BYX3=np.where(blank[:, None, None, None], noise, batch.images_BYX3),
         instruction_BT=np.where(blank[:, None], 5, batch.instruction_BT),
@@ -345,10 +346,10 @@ def test_cached_features_of_several_images(tmp_path, monkeypatch, resampling):
         shape, dtype = (16, 16), np.dtype(np.float32)
 
         def __call__(self, index, number):
-            from tcjax.pipeline import images
+            return np.asarray(tower(images.decode(source[index].images[number], PIXELS, "")[None])[0])
 
-            image_YX3 = images.normalise(images.decode(source[index].images[number], PIXELS, ""), PIXELS)
-            return np.asarray(tower(image_YX3[None])[0])
+        def grid(self, index, number):
+            return None
 
     cached = next(make(config, tmp_path, features=Cached()))
     assert cached.images_BYX3 is None and cached.features_BNC.shape == (12, 16, 16)

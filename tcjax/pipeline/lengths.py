@@ -25,7 +25,7 @@ import tcjax
 from tcjax.config import DataConfig, Source, Template
 from tcjax.pipeline.chat import Chat, Unsupervised
 from tcjax.pipeline.order import Place
-from tcjax.pipeline.sample import BadSample, Record, Records, some_turns
+from tcjax.pipeline.sample import BadSample, Records, outline, some_turns
 from tcjax.record import file_hash, fingerprint, to_dict
 
 FOLDER = "runs/lengths"
@@ -119,9 +119,8 @@ def _measure(
     records: Records, index: int, chat: Chat, data: DataConfig
 ) -> tuple[list[int], int, tuple[str, str] | None]:
     """Entries of text_E, images, and why it is no sample."""
-    read: Callable[[int], Record] = getattr(records, "outline", records.__getitem__)
     try:
-        record = read(index)
+        record = outline(records, index)
     except BadSample as error:
         return [0], 0, ("bad_samples", error.image_id)
     num = len(record.turns)
@@ -132,7 +131,7 @@ def _measure(
                 some_turns(record.turns, chosen),
                 num_queries=0,
                 text_length=data.text_length,
-                num_images=len(record.images),
+                num_images=record.num_images,
                 name=record.image_id,
             )
         except Unsupervised:

@@ -17,7 +17,6 @@ import numpy as np
 
 from tcjax.batch import OF_ROWS, Batch
 from tcjax.config import Pixels
-from tcjax.pipeline import images
 from tcjax.pipeline.chat import Composed, fitted
 
 BLANK = -1  # index_B of an image slot that no sample fills
@@ -34,14 +33,20 @@ class Features(Protocol):
         """[N, C] of image `number` of record `index`."""
         ...
 
+    def grid(self, index: int, number: int) -> np.ndarray | None:
+        """int32 rows and columns of its own patches, None where every image has the same grid."""
+        ...
+
 
 class Sample(NamedTuple):
-    """seen: per image its uint8 [Y, X, 3], or its cached [N, C]. index: per image, as in `Batch.index_B`."""
+    """seen: per image its uint8 pixels, or its cached [N, C]. index: per image, as in `Batch.index_B`. grids: per image
+    rows and columns of its own patches, for a tower that reads images of any shape."""
 
     composed: Composed
     seen: tuple[np.ndarray, ...]
     index: tuple[int, ...]
     labels_NL: np.ndarray | None = None
+    grids: tuple[np.ndarray, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,35 +83,34 @@ class Layout:
         free = self.slots - len(seen)
         assert free >= 0, (len(seen), self.slots)
         shape, dtype = (
-            ((*self.pixels.size_YX, 3), np.uint8)
-            if self.features is None
-            else (self.features.shape, self.features.dtype)
+            (self.pixels.shape, np.uint8) if self.features is None else (self.features.shape, self.features.dtype)
         )
         seen_R = np.stack(seen + free * [np.zeros(shape, dtype)])
         labels = [sample.labels_NL for sample in samples if sample.labels_NL is not None]
+        grids_R2 = None
+        if self.pixels.geometry == "naflex":
+            grids_R2 = np.stack([grid for sample in samples for grid in sample.grids] + free * [np.zeros(2, np.int32)])
         return Batch(
-            tokens_S,
-            is_image_S,
-            supervised_S,
-            valid_S,
-            segment_S if self.parts else None,
-            self._instructions(samples, free) if self.instruction_length else None,
-            np.array(index + free * [BLANK], np.int32),
-            seen_R if self.features is None else None,
-            None if self.features is None else seen_R,
-            np.stack(labels) if labels else None,
+            tokens_BS=tokens_S,
+            is_image_BS=is_image_S,
+            supervised_BS=supervised_S,
+            valid_BS=valid_S,
+            segment_BS=segment_S if self.parts else None,
+            instruction_BT=self._instructions(samples, free) if self.instruction_length else None,
+            index_B=np.array(index + free * [BLANK], np.int32),
+            images_BYX3=seen_R if self.features is None else None,
+            grids_B2=grids_R2,
+            features_BNC=None if self.features is None else seen_R,
+            patch_labels_BNL=np.stack(labels) if labels else None,
         )
 
     def batch(self, rows: Sequence[Batch]) -> Batch:
-        """Rows -> Batch; pixels are normalised here, once per batch, and blank slots are zero."""
+        """Rows -> Batch."""
         columns = {}
         for name in Batch._fields:
             values = [getattr(row, name) for row in rows]
             join = np.stack if name in OF_ROWS else np.concatenate
             columns[name] = None if values[0] is None else join(values)
-        if columns["images_BYX3"] is not None:
-            columns["images_BYX3"] = images.normalise(columns["images_BYX3"], self.pixels)
-            columns["images_BYX3"][columns["index_B"] == BLANK] = 0
         return Batch(**columns)
 
     def _instructions(self, samples: Sequence[Sample], free: int) -> np.ndarray:

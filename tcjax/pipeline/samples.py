@@ -139,17 +139,19 @@ class Samples:
         labels_NL = None
         if self.patch is not None:
             labels_NL = patch_labels(record, self.labels, self.pixels.size_YX, self.patch)
-        seen = tuple(self._see(record, place.index, number) for number in range(num))
-        return Sample(composed, seen, tuple(place.index + number * len(self) for number in range(num)), labels_NL)
+        seen = [self._see(record, place.index, number) for number in range(num)]
+        index = tuple(place.index + number * len(self) for number in range(num))
+        grids = tuple(grid for _, grid in seen if grid is not None)
+        return Sample(composed, tuple(array for array, _ in seen), index, labels_NL, grids)
 
-    def _see(self, record: Record, index: int, number: int) -> np.ndarray:
-        """uint8 image_YX3, or its cached features_NC."""
+    def _see(self, record: Record, index: int, number: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """uint8 pixels, or their cached features_NC; and the grid, where images have grids of their own."""
         if self.features is None:
-            return images.decode(record.images[number], self.pixels, record.image_id)
+            return images.of(record, self.pixels, number)
         features_NC = np.asarray(self.features(index, number))
         if np.isnan(features_NC[0, 0]):
             raise images.CorruptImage(record.image_id, "it had no readable pixels when its features were cached")
-        return features_NC
+        return features_NC, self.features.grid(index, number)
 
     def _check(self, lengths: Lengths) -> None:
         """What measuring found out about the whole source."""
@@ -213,6 +215,9 @@ class ArrayFeatures:
                 f"image {number} of record {index} of {self._folder} has no features: one per record is cached."
             )
         return self._features[index]
+
+    def grid(self, index: int, number: int) -> None:
+        """Every image has the same grid."""
 
 
 def _too_many(name: str, num: int, allowed: int) -> TooManyImages:
