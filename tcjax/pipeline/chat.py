@@ -133,8 +133,9 @@ class Chat:
         tokens = tokens[: len(tokens) - over]  # of the answer; where that does not do, the next check speaks
         if not any(token.said for token in tokens):
             raise Unsupervised(
+                name,
                 f"sample {name!r} has {len(turns)} turns and none fits: no supervised token within "
-                f"text_length={text_length}. Raise DataConfig.text_length or drop the sample."
+                f"text_length={text_length}. Raise DataConfig.text_length or drop the sample.",
             )
         instruction = tuple(i for turn in turns[:kept] for i in self.instruction(turn.question))
         dropped = len(turns) - kept

@@ -11,13 +11,17 @@ from itertools import groupby
 from typing import NamedTuple
 
 from tcjax.config import Template
-from tcjax.pipeline.sample import Turn
+from tcjax.pipeline.sample import BadSample, Turn
 
 MARK = "<image>"
 
 
-class BadConversation(ValueError):
-    """A sample that cannot be trained on; the message names it."""
+class BadConversation(BadSample):
+    """A sample that cannot be trained on; the message says why."""
+
+    def __init__(self, image_id: str, message: str):
+        ValueError.__init__(self, message)
+        self.image_id, self.kind = image_id, "image_marks"
 
 
 class Unsupervised(BadConversation):
@@ -47,8 +51,9 @@ def images_by_turn(questions: Sequence[str], num_images: int, name: str = "") ->
         return [num_images, *marks[1:]]
     if sum(marks) != num_images:
         raise BadConversation(
+            name,
             f"sample {name!r} has {sum(marks)} {MARK} marks and {num_images} images; there must be one mark per image, or "
-            f"none at all."
+            f"none at all.",
         )
     return marks
 
@@ -67,8 +72,9 @@ def pieces(
     shown = images_by_turn([turn.question for turn in turns], num_images, name)
     if not template.question and len(turns) > 1:
         raise BadConversation(
+            name,
             f"sample {name!r} has {len(turns)} turns, and a template without questions takes one caption; choose another "
-            f"template."
+            f"template.",
         )
     found: list[Piece] = []
     if template.place == "begin":
@@ -139,10 +145,14 @@ def _asked(template: Template, question: str, images: int, number: int) -> list[
 
 def _said(template: Template, answer: str, number: int, name: str) -> list[Piece]:
     if MARK in answer:
-        raise BadConversation(f"sample {name!r}: the answer of turn {number} holds {MARK}; only questions show images.")
+        raise BadConversation(
+            name, f"sample {name!r}: the answer of turn {number} holds {MARK}; only questions show images."
+        )
     answer = answer.strip() if template.strip else answer
     if not answer.strip():
-        raise Unsupervised(f"sample {name!r}: the answer of turn {number} is empty; remove the turn or the sample.")
+        raise Unsupervised(
+            name, f"sample {name!r}: the answer of turn {number} is empty; remove the turn or the sample."
+        )
     texts = (template.lead, answer, template.end)
     return [Piece(text, number, 2 * number - 1, said=True, supervised=True) for text in texts]
 

@@ -24,9 +24,9 @@ import numpy as np
 import tcjax
 from tcjax.config import DataConfig, Source
 from tcjax.identity import content
-from tcjax.pipeline.chat import BadConversation, Chat, Unsupervised
+from tcjax.pipeline.chat import Chat, Unsupervised
 from tcjax.pipeline.order import Place
-from tcjax.pipeline.sample import BadSample, Records
+from tcjax.pipeline.sample import BadSample, Records, outline, some_turns
 from tcjax.record import fingerprint, to_dict
 
 FOLDER = "runs/lengths"
@@ -38,7 +38,7 @@ class Lengths(NamedTuple):
 
     text_E: int32, positions beside those of images: one entry of the whole conversation, or, where turns are drawn, one
         of every turn alone. 0: no answer fits.
-    images_R: int32, images of the record. known: {record: (kind, image_id)} that can never be samples.
+    images_R: int32, images that the record's sample shows. known: {record: (kind, image_id)} that can never be samples.
     """
 
     first_R: np.ndarray
@@ -121,27 +121,29 @@ def _measure(
 ) -> tuple[list[int], int, tuple[str, str] | None]:
     """Entries of text_E, images, and why it is no sample."""
     try:
-        record = records[index]
+        record = outline(records, index)
     except BadSample as error:
         return [0], 0, ("bad_samples", error.image_id)
-    lots = [[turn] for turn in record.turns] if data.turns else [record.turns]
-    entries = []
-    for turns in lots:
+    num = len(record.turns)
+    entries, images = [], 0
+    for chosen in [[turn] for turn in range(num)] if data.turns else [range(num)]:
         try:
             composed = chat.compose(
-                turns,
+                some_turns(record.turns, chosen),
                 num_queries=0,
                 text_length=data.text_length,
-                num_images=len(record.images),
+                num_images=record.num_images,
                 name=record.image_id,
             )
-            entries.append(len(composed.ids))
         except Unsupervised:
             entries.append(0)
-        except BadConversation:
-            return [0], len(record.images), ("bad_samples", record.image_id)
+        except BadSample:
+            return [0], 0, ("bad_samples", record.image_id)
+        else:
+            entries.append(len(composed.ids))
+            images = composed.num_images
     bad = None if any(entries) else ("unsupervised", record.image_id)
-    return entries or [0], len(record.images), bad
+    return entries or [0], images, bad
 
 
 def _key(facts: dict[str, Any]) -> str:
