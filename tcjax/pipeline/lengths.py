@@ -4,7 +4,7 @@
 
 The key is a hash of everything a length depends on: the source's content, the tokenizer file, the template, text_length,
 turns and this package's version. Q is not among them: lengths count text positions, and images apart. Only text is
-read and tokenized: nothing is decoded.
+read and tokenized: image files are not opened, so one that is missing shows when its sample is read.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import tcjax
 from tcjax.config import DataConfig, Source, Template
 from tcjax.pipeline.chat import Chat, Unsupervised
 from tcjax.pipeline.order import Place
-from tcjax.pipeline.sample import BadSample, Records
+from tcjax.pipeline.sample import BadSample, Records, outline
 from tcjax.record import file_hash, fingerprint, to_dict
 
 FOLDER = "runs/lengths"
@@ -120,7 +120,7 @@ def _measure(
 ) -> tuple[list[int], int, tuple[str, str] | None]:
     """Entries of text_E, images, and why it is no sample."""
     try:
-        record = records[index]
+        record = outline(records, index)
     except BadSample as error:
         return [0], 0, ("bad_samples", error.image_id)
     lots = [[turn] for turn in record.turns] if data.turns else [record.turns]
@@ -131,14 +131,14 @@ def _measure(
                 turns,
                 num_queries=0,
                 text_length=data.text_length,
-                num_images=len(record.images),
+                num_images=record.num_images,
                 name=record.image_id,
             )
             entries.append(len(composed.ids))
         except Unsupervised:
             entries.append(0)
     bad = None if any(entries) else ("unsupervised", record.image_id)
-    return entries or [0], len(record.images), bad
+    return entries or [0], record.num_images, bad
 
 
 def _key(facts: dict[str, Any]) -> str:
