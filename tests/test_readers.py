@@ -11,7 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tcjax.config import Source
+from data.digit_boards import vocabulary
+from tcjax.config import DataConfig, Source
+from tcjax.pipeline.chat import Chat
+from tcjax.pipeline.lengths import measured
 from tcjax.pipeline.readers import json_rows
 from tcjax.pipeline.readers.picked import pick
 from tcjax.pipeline.sample import outline
@@ -216,6 +219,9 @@ def test_an_outline_needs_no_image(tmp_path):
     assert outline(opened(tmp_path, "mix.yaml"), 1) == outline(record, 8)
     with pytest.raises(BadSample, match="is missing"):
         record[8]
+    data = DataConfig(sources=(), tokenizer="none", text_length=40, threads=0)
+    lengths = measured(record, Chat(vocabulary.tokenizer()), data)
+    assert lengths.known == {} and lengths.images_R.tolist() == [1, 1, 1, 0, 1, 1, 1, 0, 1, 1]
 
 
 def test_the_same_rows_in_every_format(tmp_path):

@@ -4,7 +4,7 @@
 
 The key is a hash of everything a length depends on: the source's content, the tokenizer file, the template, text_length,
 turns and this package's version. Q is not among them: lengths count text positions, and images apart. Only text is
-read and tokenized: nothing is decoded.
+read and tokenized: image files are not opened, so one that is missing shows when its sample is read.
 """
 
 from __future__ import annotations

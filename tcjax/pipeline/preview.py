@@ -1,7 +1,7 @@
 """A page to look at before training: images as the tower sees them beside the composed conversation, supervised tokens
 coloured.
 
-What is shown is what `Chat.compose` gives to the loss, id by id, not the text it was made from, and what `images.decode`
+What is shown is what `Chat.compose` gives to the loss, id by id, not the text it was made from, and what `images.shown`
 gives to the tower, normalised and back. A row that cannot be used is shown with its reason.
 """
 
@@ -76,7 +76,7 @@ def _section(prepared: Records, index: int, chat: Chat, pixels: Pixels, num_quer
 
 def _picture(record: Record, number: int, pixels: Pixels) -> str:
     """An <img>: the normalised pixels brought back to 0 ... 255."""
-    seen_YX3 = images.normalise(images.decode(record.images[number], pixels, record.image_id), pixels)
+    seen_YX3 = images.normalise(images.shown(record.images[number], pixels, record.image_id), pixels)
     shown_YX3 = (seen_YX3 * np.array(pixels.std) + np.array(pixels.mean)) * 255
     png = io.BytesIO()
     Image.fromarray(np.clip(np.rint(shown_YX3), 0, 255).astype(np.uint8)).save(png, "PNG")

@@ -23,7 +23,7 @@ from tcjax.pipeline.chat import Chat, Unsupervised
 from tcjax.pipeline.lengths import Lengths
 from tcjax.pipeline.order import Place
 from tcjax.pipeline.row import Features, Sample
-from tcjax.pipeline.sample import BadSample, Record, Records, some_turns
+from tcjax.pipeline.sample import BadSample, Record, Records, outline, some_turns
 
 KINDS = ("corrupt_images", "bad_samples", "unsupervised")
 LABELS = ("digit_cells", "colour_cells")
@@ -157,8 +157,8 @@ class Samples:
         """What measuring found out about the whole source."""
         most = int(lengths.images_R.max())
         if most > self.data.images:
-            record = self.prepared[int(lengths.images_R.argmax())]
-            raise _too_many(record.image_id, most, self.data.images)
+            name = outline(self.prepared, int(lengths.images_R.argmax())).image_id
+            raise _too_many(name, most, self.data.images)
         bad = len(lengths.known)
         if bad > self.data.max_corrupt * len(self) or bad == len(self):
             raise TooManyCorrupt(self._refusal(bad, len(self)))
