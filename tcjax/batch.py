@@ -21,9 +21,9 @@ class Batch(NamedTuple):
     index_B: int32 position of the sample in its source; feature caches and pictures find the image by it.
     images_BYX3: float32 normalised pixels; None when the tower's features are cached. For a tower that reads images of any
         shape (Pixels.geometry "naflex") Y is the patches, zero behind an image's own, and X the pixels of one, row by row.
-    grids_B2: int32 rows and columns of each image's own patches, for such a tower; also beside cached features.
     features_BNC: float32 tower tokens from the cache; None when images are given.
     patch_labels_BNL: int32 dense labels per patch (one column per kind of label); only for training a tower.
+    grids_B2: int32 rows and columns of each image's own patches, for such a tower; also beside cached features.
     """
 
     tokens_BS: Array = None
@@ -34,6 +34,6 @@ class Batch(NamedTuple):
     instruction_BT: Array = None
     index_B: Array = None
     images_BYX3: Array = None
-    grids_B2: Array = None
     features_BNC: Array = None
     patch_labels_BNL: Array = None
+    grids_B2: Array = None
