@@ -103,7 +103,9 @@ def loaded(cfg: VitConfig, folder: Path) -> Vit:
     arrays = {ours: arrays[there] for ours, there in assemble.places(cfg, arrays).items()}
     graphdef, state = nnx.split(tower)
     leaves = names.from_torch(arrays, table, names.shapes(tower), ignore=ignored)
-    flat = [(path, leaf.replace(jax_array(leaves["/".join(map(str, path))]))) for path, leaf in nnx.to_flat_state(state)]
+    flat = [
+        (path, leaf.replace(jax_array(leaves["/".join(map(str, path))]))) for path, leaf in nnx.to_flat_state(state)
+    ]
     return nnx.merge(graphdef, nnx.from_flat_state(flat))
 
 

@@ -151,7 +151,9 @@ def test_a_tower_is_read_out_of_a_llava_and_a_classifier(tmp_path):
 
 def test_a_checkpoint_without_this_tower_or_with_two_is_refused(tmp_path):
     saved(twin(DINOV2), tmp_path / "dinov2")
-    with pytest.raises(ValueError, match=r"(?s)a tower with clip names in .* is not there\. .*encoder\.layer\.{0\.\.2}"):
+    with pytest.raises(
+        ValueError, match=r"(?s)a tower with clip names in .* is not there\. .*encoder\.layer\.{0\.\.2}"
+    ):
         loaded(CLIP, tmp_path / "dinov2")
     arrays = tensors.load(saved(twin(CLIP), tmp_path / "clip"))
     arrays |= {"vision_model." + key: array for key, array in arrays.items()}

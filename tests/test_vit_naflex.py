@@ -87,7 +87,9 @@ def test_positions_of_a_grid_are_those_of_the_resized_table():
 
 def test_a_model_passes_on_which_tokens_are_real():
     """A padded patch changes no visual token, and a compressor that reads any number of them is content."""
-    config = VlmConfig(tower=NAFLEX, compressor=resampler.Config(num_queries=3, depth=1, heads=2, head_width=8), llm=LLM)
+    config = VlmConfig(
+        tower=NAFLEX, compressor=resampler.Config(num_queries=3, depth=1, heads=2, head_width=8), llm=LLM
+    )
     assert config.widths.ragged and config.widths.num_tokens == 24
     model = config.build(nnx.Rngs(0))
     rows_BNP3 = images(NAFLEX, 2)
@@ -104,7 +106,9 @@ def test_a_model_passes_on_which_tokens_are_real():
 
 @pytest.mark.parametrize("compressor", [avg_pool.Config(num_queries=4), mlp.Config()], ids=["avg_pool", "mlp"])
 def test_a_compressor_of_a_grid_refuses_a_tower_without_one(compressor):
-    with pytest.raises(ValueError, match=r"images of any shape, up to N=24.*a compressor that reads any number of tokens"):
+    with pytest.raises(
+        ValueError, match=r"images of any shape, up to N=24.*a compressor that reads any number of tokens"
+    ):
         VlmConfig(tower=NAFLEX, compressor=compressor, llm=LLM).build(nnx.Rngs(0))
 
 

@@ -126,8 +126,12 @@ def test_scores_reach_a_compressor_that_starts_from_them(tmp_path):
     model.compress(batch)
     np.testing.assert_array_equal(given["tokens"], seen_BNE[..., :24])
     np.testing.assert_array_equal(given["context"].levels_BNE, seen_BNE[..., 24:48])
-    np.testing.assert_array_equal(given["context"].prior_BN, seen_BNE[..., 72])  # the first score named; keys lie before
-    with pytest.raises(ValueError, match=r"learned_merge starts from scores .*probes=\(\); name one of \('class_attention'"):
+    np.testing.assert_array_equal(
+        given["context"].prior_BN, seen_BNE[..., 72]
+    )  # the first score named; keys lie before
+    with pytest.raises(
+        ValueError, match=r"learned_merge starts from scores .*probes=\(\); name one of \('class_attention'"
+    ):
         VlmConfig(tower=CLIP, compressor=merge, llm=LLM).build(nnx.Rngs(0))
     plain = VlmConfig(tower=tower, compressor=resampler.Config(num_queries=2, depth=1, heads=2, head_width=8), llm=LLM)
     assert plain.num_queries == 2
