@@ -50,15 +50,14 @@ _OUTER = {
     "llava_next": "clip_vision_model",
 }  # models with a vision_config, and what its model_type is where it is left out
 _NEUTRAL: dict[str, tuple] = {"num_channels": (3,), "use_swiglu_ffn": (False,), "qkv_bias": (True,)}
+_PLAIN = dict(class_token=False, patch_bias=True, pre_norm=False, post_norm=True, layer_scale=False, names="clip")
 _KINDS: dict[str, dict[str, Any]] = {
-    "clip_vision_model": dict(class_token=True, patch_bias=False, pre_norm=True, post_norm=False),
-    "siglip_vision_model": dict(class_token=False, patch_bias=True, pre_norm=False, post_norm=True),
-    "siglip2_vision_model": dict(
-        class_token=False, patch_bias=True, pre_norm=False, post_norm=True, resize="bilinear antialiased"
-    ),
-    "dinov2": dict(class_token=True, patch_bias=True, pre_norm=False, post_norm=True, layer_scale=True, names="dinov2"),
+    "clip_vision_model": _PLAIN | dict(class_token=True, patch_bias=False, pre_norm=True, post_norm=False),
+    "siglip_vision_model": _PLAIN,
+    "siglip2_vision_model": _PLAIN | dict(resize="bilinear antialiased"),
+    "dinov2": _PLAIN | dict(class_token=True, layer_scale=True, names="dinov2"),
 }
-_KINDS["dinov2_with_registers"] = _KINDS["dinov2"] | {"resize": "bicubic antialiased"}
+_KINDS["dinov2_with_registers"] = _KINDS["dinov2"] | dict(resize="bicubic antialiased")
 # What config.json and a cfg must say alike: all that decides what the weights compute. The rest is the reader's choice.
 _SAME = (
     *("patch", "width", "layers", "heads", "feed_forward", "activation", "norm_eps", "position_HW"),
@@ -93,7 +92,7 @@ def tower(folder: str | Path, *, root: Path = Path(), **changes: Any) -> VitConf
 def disagreements(cfg: VitConfig, config: Mapping[str, Any], where: str = "config.json") -> dict[str, tuple[Any, Any]]:
     """{field: (what config.json says, what cfg says)} of every field in which they differ; {} if they agree."""
     found = _architecture(config, where)
-    pairs = {name: (found.get(name, _default(name)), getattr(cfg, name)) for name in _SAME}
+    pairs = {name: (found[name], getattr(cfg, name)) for name in _SAME}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
@@ -210,6 +209,3 @@ def _whole(config: Mapping[str, Any], key: str, where: str) -> int:
         raise ValueError(f"{where}: {key}={config[key]!r} must be a whole number of at least 1.")
     return value
 
-
-def _default(name: str) -> Any:
-    return next(field.default for field in dataclasses.fields(VitConfig) if field.name == name)
