@@ -111,7 +111,9 @@ def test_a_compressor_gets_a_smaller_grid_of_both_and_no_layers_of_either():
     smaller = VlmConfig(tower=DUAL, compressor=resize_image.Config(num_queries=4), llm=LLM)
     assert {tower.shrunk_HW for tower in smaller.seen.towers} == {(2, 2)} and smaller.num_queries == 4
     packer = VlmConfig(tower=DUAL, compressor=token_packer.Config(num_queries=4), llm=LLM)
-    with pytest.raises(ValueError, match=r"two towers have no layers, class token or attention in common; choose one tower"):
+    with pytest.raises(
+        ValueError, match=r"two towers have no layers, class token or attention in common; choose one tower"
+    ):
         packer.build(nnx.Rngs(0))
 
 

@@ -60,7 +60,9 @@ def test_the_tower_of_a_folder_sees_what_its_class_sees(folder):
         if read.ragged:
             mask = torch.tensor([[True] * 24, [True] * 6 + [False] * 18])
             flat = torch.from_numpy(given[0].reshape(2, 24, 48))
-            theirs = twin(TOWERS[name])(flat, pixel_attention_mask=mask, spatial_shapes=torch.from_numpy(given[1]).long())
+            theirs = twin(TOWERS[name])(
+                flat, pixel_attention_mask=mask, spatial_shapes=torch.from_numpy(given[1]).long()
+            )
             np.testing.assert_allclose(found_BNC[mask], theirs.last_hidden_state[mask], rtol=1e-5, atol=1e-5)
             return
         theirs = twin(TOWERS[name])(pixels(given[0])).last_hidden_state[:, read.num_prefix :]
@@ -105,12 +107,21 @@ def a_config(tmp_path, config) -> str:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"model_type": "swin"}, "model_type='swin' is no tower that is computed here; known are clip_vision_model.*dinov2"),
-        ({"model_type": "llava", "vision_config": {"model_type": "pixtral"}}, "'pixtral' is no tower.*with one of them"),
+        (
+            {"model_type": "swin"},
+            "model_type='swin' is no tower that is computed here; known are clip_vision_model.*dinov2",
+        ),
+        (
+            {"model_type": "llava", "vision_config": {"model_type": "pixtral"}},
+            "'pixtral' is no tower.*with one of them",
+        ),
         ({"model_type": "llava"}, "model_type='llava' without a vision_config; read the tower from its own"),
         ({"model_type": "dinov2", "use_swiglu_ffn": True}, "use_swiglu_ffn=True is not computed here, only False"),
         ({"model_type": "clip_vision_model", "num_channels": 1}, "num_channels=1 is not computed here, only 3"),
-        ({"model_type": "clip_vision_model", "image_size": [224, 196]}, r"image_size=\[224, 196\] must be a whole number"),
+        (
+            {"model_type": "clip_vision_model", "image_size": [224, 196]},
+            r"image_size=\[224, 196\] must be a whole number",
+        ),
         ({"model_type": "siglip2_vision_model", "num_patches": 255}, "num_patches=255 is no square"),
         ({"model_type": "clip_vision_model"}, r"holds no preprocessor_config.json; .*pixels=Pixels\(\.\.\.\)"),
         ("{", "is not JSON .*fetch it again"),
@@ -129,7 +140,13 @@ def test_a_folder_without_config_says_what_a_checkpoint_is(tmp_path):
 
 # As the hub has them: fields at their class's default are left out.
 _SO400M = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16}
-_L = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16, "patch_size": 14}
+_L = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "patch_size": 14,
+}
 _DINO_L = {key: value for key, value in _L.items() if key != "intermediate_size"} | {"image_size": 518}
 _CLIP_IMAGES = {"image_processor_type": "CLIPImageProcessor"}
 _DINO_IMAGES = {
@@ -201,7 +218,9 @@ def test_published_parameters_add_up(name):
     """Ours, plus what is published and never read: CLIP's last norm, SigLIP's pooling head, DINOv2's mask token."""
     config, _, published_count = HUB[name]
     said = config.get("vision_config", config)
-    model_type = said.get("model_type", {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}.get(config["model_type"]))
+    model_type = said.get(
+        "model_type", {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}.get(config["model_type"])
+    )
     theirs = transformers.AutoConfig.for_model(**(said | {"model_type": model_type}))
     with torch.device("meta"):
         model = transformers.AutoModel.from_config(theirs)

@@ -4,6 +4,7 @@ import dataclasses
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -98,6 +99,30 @@ def test_import_undoes_export_bit_for_bit(family):
     found = assemble.places(cfg, on_disk)
     for key, tensor in published.items():
         np.testing.assert_array_equal(tensor, on_disk[found[key]], err_msg=key, strict=True)
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_bfloat16_stays_bfloat16_and_close(name, tmp_path):
+    cfg = TOWERS[name]
+    graphdef, state = nnx.split(cfg.build(nnx.Rngs(0)))
+    given = (np.array([[4, 6], [3, 3]], np.int32),) if cfg.ragged else ()
+    run = jax.jit(lambda state, x: nnx.merge(graphdef, state)(x, *given))
+    narrow_BNC = run(jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), state), images(cfg).astype(jnp.bfloat16))
+    assert narrow_BNC.dtype == jnp.bfloat16
+    np.testing.assert_allclose(narrow_BNC.astype(jnp.float32), run(state, images(cfg)), atol=0.1)
+
+
+@pytest.mark.parametrize("name", ["naflex", "registers"])
+def test_every_parameter_learns(name):
+    cfg = TOWERS[name]
+    graphdef, state = nnx.split(cfg.build(nnx.Rngs(0)))
+    given = (images(cfg),) + ((np.array([[4, 6], [3, 3]], np.int32),) if cfg.ragged else ())
+    weights_BNC = np.random.default_rng(1).normal(size=(2, cfg.num_tokens, 24)).astype(np.float32)
+    gradient = jax.jit(jax.grad(lambda state: (nnx.merge(graphdef, state)(*given) * weights_BNC).sum()))
+    for path, leaf in names.flatten(gradient(state)).items():
+        assert np.isfinite(leaf).all(), path
+        if path != "blocks/attention/key/bias":  # softmax cancels it
+            assert np.abs(leaf).max() > 1e-6, path
 
 
 # Layouts -------------------------------------------------------------------------------------------------------------

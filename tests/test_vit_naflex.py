@@ -9,8 +9,10 @@ import pytest
 import torch
 from flax import nnx
 
+from configs.compressors import CATALOGUE
 from tcjax.batch import Batch
 from tcjax.compressors import avg_pool, mlp, resampler
+from tcjax.compressors.base import Context, Widths
 from tcjax.config import Pixels
 from tcjax.evaluate.cost import tower_flops
 from tcjax.export import hosts
@@ -20,6 +22,10 @@ from tcjax.vlm import VlmConfig
 from tests.saved_towers import NAFLEX, SIGLIP, images, loaded, saved, twin
 from tests.tiny import LLM
 
+READ_ANY = (
+    *("resampler", "idefics2_resampler", "decoder_resampler", "qformer", "qformer_text", "elastic"),
+    *("learned_merge", "learned_merge_text", "query_merge", "token_learner"),
+)
 GRIDS_B2 = np.array([[4, 6], [3, 3], [1, 5], [12, 2], [4, 4], [1, 1]], np.int32)
 
 
@@ -110,6 +116,30 @@ def test_a_compressor_of_a_grid_refuses_a_tower_without_one(compressor):
         ValueError, match=r"images of any shape, up to N=24.*a compressor that reads any number of tokens"
     ):
         VlmConfig(tower=NAFLEX, compressor=compressor, llm=LLM).build(nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("name", CATALOGUE)
+def test_every_compressor_reads_them_or_says_that_it_reads_a_grid(name):
+    """Those that read any number of tokens know the padding; the others refuse at the latest when they see tokens."""
+    config = CATALOGUE[name](4)
+    widths = config.asked(Widths(grid_HW=(1, 24), vision_C=64, llm_D=128, text_D=128, ragged=True))
+    context = Context(
+        valid_BN=jnp.ones((2, 24), bool),
+        text_BTD=jnp.ones((2, 3, 128)),
+        levels_BNE=jnp.ones((2, 24, widths.levels * 64)),
+        prior_BN=jnp.ones((2, 24)),
+    )
+
+    def compress(tokens_BNC):
+        config.outputs(widths)
+        return config.build(widths, nnx.Rngs(0))(tokens_BNC, context)
+
+    if name in READ_ANY:
+        made = jax.eval_shape(compress, jnp.ones((2, 24, 64)))
+        assert made.tokens_BQD.shape[::2] == (2, 128) and made.valid_BQ is not None
+    else:
+        with pytest.raises(ValueError, match="any shape|shrunk|1x24 grid"):
+            jax.eval_shape(compress, jnp.ones((2, 24, 64)))
 
 
 def test_an_image_of_any_shape_costs_as_much_as_the_most_patches():

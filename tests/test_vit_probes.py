@@ -27,7 +27,7 @@ def probes_of(cfg) -> tuple[str, ...]:
 @pytest.mark.parametrize("feature_layer", [-1, -2])
 @pytest.mark.parametrize("name", WHOLE)
 def test_probes_are_the_published_attention_behind_the_features(name, feature_layer, tmp_path):
-    cfg = dataclasses.replace(WHOLE[name], feature_layer=feature_layer, levels=(1,), probes=probes_of(WHOLE[name]))
+    cfg = dataclasses.replace(WHOLE[name], feature_layer=feature_layer, levels=(3,), probes=probes_of(WHOLE[name]))
     model = twin(cfg, eager=True)
     block = model.encoder.layer if cfg.names == "dinov2" else model.encoder.layers
     attention_of = block[feature_layer].attention if cfg.names == "dinov2" else block[feature_layer].self_attn

@@ -208,4 +208,3 @@ def _whole(config: Mapping[str, Any], key: str, where: str) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{where}: {key}={config[key]!r} must be a whole number of at least 1.")
     return value
-
