@@ -134,7 +134,7 @@ def test_what_is_no_tower_of_ours_says_why(config, message, tmp_path):
 
 
 def test_a_folder_without_config_says_what_a_checkpoint_is(tmp_path):
-    with pytest.raises(ValueError, match="does not exist; a downloaded checkpoint is a folder with config.json"):
+    with pytest.raises(ValueError, match=r"does not exist; a downloaded checkpoint is a folder with config\.json"):
         published.tower(tmp_path / "nothing")
 
 

@@ -138,7 +138,7 @@ def test_every_compressor_reads_them_or_says_that_it_reads_a_grid(name):
         made = jax.eval_shape(compress, jnp.ones((2, 24, 64)))
         assert made.tokens_BQD.shape[::2] == (2, 128) and made.valid_BQ is not None
     else:
-        with pytest.raises(ValueError, match="any shape|shrunk|1x24 grid"):
+        with pytest.raises(ValueError, match=r"any shape|shrunk|1x24 grid"):
             jax.eval_shape(compress, jnp.ones((2, 24, 64)))
 
 
