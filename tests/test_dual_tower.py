@@ -68,6 +68,14 @@ def test_features_are_both_towers_side_by_side_each_on_its_own_normalisation(pro
     assert identity["model.tower.towers.0.registers"] == 2 and "model.tower.towers.1.weights" not in identity
 
 
+def test_weights_whose_config_says_another_tower_are_refused(project):
+    config = with_weights()
+    first, second = config.tower.towers
+    other = DualConfig(towers=(dataclasses.replace(first, norm_eps=1e-5), second))
+    with pytest.raises(ValueError, match=r"dino/config.json describes another tower .*\n  norm_eps: 1e-06 there, 1e-05 ask"):
+        assemble(dataclasses.replace(config, tower=other), root=project[0])
+
+
 def test_a_model_reads_both(project):
     model, _ = assemble(with_weights(), root=project[0])
     images_BYX3 = np.random.default_rng(0).normal(size=(2, 18, 18, 3)).astype(np.float32)
@@ -134,6 +142,10 @@ def test_prismatics_pair_has_its_numbers():
         ((FIRST, dataclasses.replace(SECOND, patch=9)), r"the grids are \(4, 4\) and \(2, 2\)"),
         ((FIRST, NAFLEX), "may differ in mean and std alone"),
         ((dataclasses.replace(FIRST, levels=(1,)), SECOND), r"hands over patches alone: .*levels=\(1,\)"),
+        (
+            (dataclasses.replace(FIRST, weights="x"), SECOND),
+            "weights='x' and weights='': one tower .* random; give both",
+        ),
         (
             (dataclasses.replace(CLIP, pixels=DINO_PIXELS, keep_class=True), SECOND),
             "hands over patches alone: keep_class=True",
