@@ -80,16 +80,23 @@ class Template:
 class Source:
     """One dataset of a mixture.
 
-    path: a dataset folder, whose prepared shards lie in `path/prepared`, or a published file or folder of another format.
+    path: a dataset folder, whose prepared shards lie in `path/prepared`, or a published file or folder of another format;
+        tars and parquet files may be counted in braces, "shard-{000..012}.tar".
     format: who reads it (tcjax/pipeline/source.py); "" follows from the path.
     images: the folder below which the image paths of a published file lie; "" is the file's own folder.
-    split: a TFDS split, slices included ("train[:4000]"). weight: share of the mixture, relative to the others.
+    split: a TFDS split, slices included ("train[:4000]"); of a folder of parquet files their first name, "train".
+    sampling: which rows: "all", "first:1000", "end:10%", "random:1000", drawn once by `seed` alone.
+    min_rating: keeps only the turns of a parquet row whose every rating is at least this (FineVision: 1 to 5); 0 keeps all.
+    weight: share of the mixture, relative to the others.
     """
 
     path: str
     format: str = ""
     images: str = ""
     split: str = "train"
+    sampling: str = "all"
+    seed: int = 0
+    min_rating: int = 0
     weight: float = 1.0
 
 
@@ -97,20 +104,27 @@ class Source:
 class DataConfig:
     """Where samples come from and how they become batches.
 
-    batch: global batch, over all hosts. text_length: positions for everything but the image's Q tokens.
+    batch: global batch, over all hosts. text_length: positions for everything but the Q tokens of every image.
+    batching: how samples become rows of `images` * Q + text_length positions. "rows": one each. "packed": as many as fit,
+        as segments that do not see each other. "grouped": one each, in batches of like length, with or without images;
+        a batch is as long as its own kind wants, `buckets` lengths in all, each of which is compiled once.
+    images: the most images of a row (R), so of a sample; every row costs so many, a blank one where it has fewer.
     seed: the order of samples is a pure function of (seed, step, batch).
     independent_turns: every turn of a conversation sees the image and itself only, as if asked alone; the image is paid
         for once. False keeps the conversation: later turns see earlier answers.
     turns: so many turns of every conversation, drawn anew each time it comes up; 0 takes all. 1 is how a compressor that
         is told the question is trained the way it is asked.
     instruction_length: positions of the instruction handed to such a compressor; a longer one loses its beginning.
-    max_corrupt: share of unreadable images above which a run stops.
+    max_corrupt: share of samples that cannot be used (an unreadable image, no answer that fits) above which a run stops.
     """
 
     sources: tuple[Source, ...]
     tokenizer: str
     batch: int = 64
     text_length: int = 144
+    batching: str = "rows"
+    images: int = 1
+    buckets: int = 8
     seed: int = 0
     independent_turns: bool = False
     turns: int = 0
@@ -128,7 +142,8 @@ class TrainConfig:
     compute: "float32" or "bfloat16"; master weights, moments and the loss stay float32.
     weights: safetensors to start the trainable parts from, {part: path}; parts not named start from the seed. A
         compressor also starts from its artifact's folder, such as `tcjax import` writes.
-    feature_cache: store the frozen tower's tokens once and share them between runs.
+    feature_cache: "float32" or "bfloat16" stores the frozen tower's tokens once, in that type, and shares them between
+        runs; "" runs the tower inline.
     save_every: steps between checkpoints (0: only the last). log_every: steps between lines of metrics.jsonl.
     """
 
@@ -145,7 +160,7 @@ class TrainConfig:
     accumulate: int = 1
     compute: str = "float32"
     weights: dict[str, str] = field(default_factory=dict)
-    feature_cache: bool = False
+    feature_cache: str = ""
     save_every: int = 500
     keep: int = 2
     log_every: int = 20

@@ -1,6 +1,7 @@
 """The whole model on one screen: tower -> compressor -> splice -> LLM.
 
-The splice is static: row b has exactly Q image positions, and their running count indexes the Q visual tokens.
+The splice is static: a row has R images, R a number of the batch's shapes, and the running count of its image positions
+indexes its R * Q visual tokens. A row with fewer images carries blank ones that no position refers to.
 A visual token that the compressor marks invalid is hidden from attention and takes no position.
 A compressor may be told the question (`Batch.instruction_BT`, embedded by the LLM's own table, without positions), the
 tower's earlier layers, and as prior scores what the tower itself looks at (the first score among `VitConfig.probes`); what
@@ -138,13 +139,13 @@ class Vlm(nnx.Module):
         """Next-token cross-entropy over the supervised tokens, as a sum and a count.
 
         Args:
-            key: of this training step; every sample draws from it by its own index, so neither the number of devices
+            key: of this training step; every image draws from it by its own index, so neither the number of devices
                 nor of microbatches matters. None: nothing is random.
             progress: share of the training that is over, float32.
         """
         keys_B = None
         if key is not None:
-            index_B = jnp.arange(len(batch.tokens_BS)) if batch.index_B is None else batch.index_B
+            index_B = jnp.arange(_num_images(batch)) if batch.index_B is None else batch.index_B
             keys_B = jax.vmap(lambda index: jax.random.fold_in(key, index))(index_B)
         context = Context(keys_B=keys_B, progress=progress)
         if not self.averaged_over:
@@ -152,25 +153,37 @@ class Vlm(nnx.Module):
         batch = batch._replace(features_BNC=self.see(batch))
         each = []
         for active in self.averaged_over:
-            active_B = jnp.full(len(batch.tokens_BS), active)
+            active_B = jnp.full(_num_images(batch), active)
             each.append(self._terms(batch, context._replace(active_B=active_B)))
         return jax.tree.map(lambda *terms: sum(terms) / len(each), *each)
 
     def _terms(self, batch: Batch, context: Context) -> loss.Terms:
         seq_BSD, valid_BS = self.embed(batch, context)
-        logits_BSV = self.llm.logits(self.llm(seq_BSD, valid_BS, batch.segment_BS))
-        return loss.next_token(logits_BSV, batch.tokens_BS, batch.supervised_BS)
+        hidden_BSD = self.llm(seq_BSD, valid_BS, batch.segment_BS)
+        return loss.next_token(hidden_BSD, self.llm.table_VD, batch.tokens_BS, batch.supervised_BS)
 
 
 def splice(
     text_BSD: jax.Array, compressed: Compressed, is_image_BS: jax.Array, valid_BS: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Put visual token q at the q-th image position of its row; return the sequence and which positions are valid."""
-    Q = compressed.tokens_BQD.shape[1]
-    rank_BS = jnp.clip(jnp.cumsum(is_image_BS, axis=1) - 1, 0, Q - 1)
-    visual_BSD = jnp.take_along_axis(compressed.tokens_BQD, rank_BS[..., None], axis=1)
+    """Put a row's visual token q at its q-th image position; return the sequence and which positions are valid.
+
+    Args:
+        compressed: R images per row, row after row; the row's visual tokens are theirs one after another.
+    """
+    B, D = len(text_BSD), compressed.tokens_BQD.shape[-1]
+    if len(compressed.tokens_BQD) % B:
+        raise ValueError(f"{len(compressed.tokens_BQD)} images do not belong to {B} rows of equally many images each.")
+    tokens_BQD = compressed.tokens_BQD.reshape(B, -1, D)  # Q is R * Q from here on
+    rank_BS = jnp.clip(jnp.cumsum(is_image_BS, axis=1) - 1, 0, tokens_BQD.shape[1] - 1)
+    visual_BSD = jnp.take_along_axis(tokens_BQD, rank_BS[..., None], axis=1)
     seq_BSD = jnp.where(is_image_BS[..., None], visual_BSD.astype(text_BSD.dtype), text_BSD)
     if compressed.valid_BQ is not None:
-        slot_BS = jnp.take_along_axis(compressed.valid_BQ, rank_BS, axis=1)
+        slot_BS = jnp.take_along_axis(compressed.valid_BQ.reshape(B, -1), rank_BS, axis=1)
         valid_BS = valid_BS & jnp.where(is_image_BS, slot_BS, True)
     return seq_BSD, valid_BS
+
+
+def _num_images(batch: Batch) -> int:
+    """Rows * R."""
+    return len(batch.images_BYX3 if batch.features_BNC is None else batch.features_BNC)

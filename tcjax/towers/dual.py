@@ -109,13 +109,15 @@ class Dual(nnx.Module):
         self.towers: nnx.List[Vit] = nnx.List([tower.build(rngs) for tower in cfg.towers])
 
     def __call__(self, images_BYX3: jax.Array, grids_B2: jax.Array | None = None) -> jax.Array:
-        """[B, N, C] of images normalised for the first tower."""
+        """[B, N, C] of images, uint8 or normalised for the first tower."""
+        first, second = self.towers
+        if images_BYX3.dtype == jnp.uint8:
+            return jnp.concatenate([first(images_BYX3, grids_B2), second(images_BYX3, grids_B2)], axis=-1)
         (mean_3, std_3), (to_mean_3, to_std_3) = (
             (np.array(tower.pixels.mean), np.array(tower.pixels.std)) for tower in self.cfg.towers
         )
         factor_3, offset_3 = (
             jnp.asarray(x, images_BYX3.dtype) for x in (std_3 / to_std_3, (mean_3 - to_mean_3) / to_std_3)
         )
-        first, second = self.towers
         seen = first(images_BYX3, grids_B2), second(images_BYX3 * factor_3 + offset_3, grids_B2)
         return jnp.concatenate(seen, axis=-1)

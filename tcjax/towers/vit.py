@@ -26,6 +26,7 @@ from tcjax.nn.activations import ACTIVATIONS
 from tcjax.nn.attention import padding_mask
 from tcjax.nn.dense import dense, small_normal
 from tcjax.nn.norm import LayerNorm
+from tcjax.nn.pixels import normalised
 from tcjax.nn.positions import RESIZES
 from tcjax.towers import naflex
 from tcjax.towers.blocks import SCORES, Block, Probe, patches
@@ -203,7 +204,7 @@ class Vit(nnx.Module):
             self.post_norm = LayerNorm("C", cfg.width, eps=cfg.norm_eps)
 
     def __call__(self, images_BYX3: jax.Array, grids_B2: jax.Array | None = None) -> jax.Array:
-        """Tokens of normalised images, [B, N, C]: the class token if it is kept, then the grid in row-major order.
+        """Tokens of images, uint8 or normalised, [B, N, C]: the class token if it is kept, then the grid in row-major order.
 
         With `levels` and `probes`, [B, N, (1 + levels) * C + probes]: the tokens first, then the earlier layers side by
         side, then each probe as wide as it is (a score 1, keys C), both in the order in which they are named.
@@ -218,6 +219,7 @@ class Vit(nnx.Module):
                 f"images_BYX3 is {list(images_BYX3.shape)}, but this tower reads [B, {cfg.pixels.shape[0]}, "
                 f"{cfg.pixels.shape[1]}, 3]; resize the images or build the tower with their pixels.size_YX."
             )
+        images_BYX3 = normalised(images_BYX3, cfg.pixels, self.patch.kernel.dtype)
         if cfg.ragged:
             return self._of_any_shape(images_BYX3, naflex.check_grids(grids_B2, len(images_BYX3)))
         tokens_BSC = self._embed(patches(self._shrunk(images_BYX3), cfg.patch))
