@@ -68,11 +68,23 @@ def test_features_are_both_towers_side_by_side_each_on_its_own_normalisation(pro
     assert identity["model.tower.towers.0.registers"] == 2 and "model.tower.towers.1.weights" not in identity
 
 
+def test_bytes_are_normalised_by_each_tower_for_itself(project):
+    model, _ = assemble(with_weights(), root=project[0])
+    bytes_BYX3 = np.random.default_rng(0).integers(0, 256, (2, 18, 18, 3)).astype(np.uint8)
+    images_BYX3 = (bytes_BYX3 / 255 - np.array(DUAL.pixels.mean)) / np.array(DUAL.pixels.std)
+    from_bytes_BNC = jax.jit(model.tower)(bytes_BYX3)
+    np.testing.assert_allclose(
+        from_bytes_BNC, jax.jit(model.tower)(images_BYX3.astype(np.float32)), rtol=1e-5, atol=2e-5
+    )
+
+
 def test_weights_whose_config_says_another_tower_are_refused(project):
     config = with_weights()
     first, second = config.tower.towers
     other = DualConfig(towers=(dataclasses.replace(first, norm_eps=1e-5), second))
-    with pytest.raises(ValueError, match=r"dino/config.json describes another tower .*\n  norm_eps: 1e-06 there, 1e-05 ask"):
+    with pytest.raises(
+        ValueError, match=r"dino/config.json describes another tower .*\n  norm_eps: 1e-06 there, 1e-05 ask"
+    ):
         assemble(dataclasses.replace(config, tower=other), root=project[0])
 
 

@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+import transformers
 from flax import nnx
+from PIL import Image
 
 from configs.compressors import CATALOGUE
 from tcjax.batch import Batch
@@ -17,6 +19,7 @@ from tcjax.config import Pixels
 from tcjax.evaluate.cost import tower_flops
 from tcjax.export import hosts
 from tcjax.nn.positions import RESIZES
+from tcjax.pipeline import geometry
 from tcjax.towers import naflex
 from tcjax.vlm import VlmConfig
 from tests.saved_towers import NAFLEX, SIGLIP, images, loaded, saved, twin
@@ -167,3 +170,22 @@ def test_impossible_naflex_towers_say_why(change, message):
 def test_grids_that_fit_no_batch_say_why(grids):
     with pytest.raises(ValueError, match=r"int32 \[2, 2\]: rows and columns of every image's patches, and got"):
         NAFLEX.build(nnx.Rngs(0))(images(NAFLEX, 2), grids)
+
+
+def test_images_are_seen_as_the_published_processor_and_class_see_them(published):
+    """From images of two shapes through our own host side: up to 24 patches of 4 x 4 pixels."""
+    model, folder = published
+    rng = np.random.default_rng(0)
+    shown = [Image.fromarray(rng.integers(0, 256, (*shape, 3)).astype(np.uint8)) for shape in ((32, 50), (61, 47))]
+    processor = transformers.Siglip2ImageProcessorPil(patch_size=4, max_num_patches=24)
+    theirs = processor(shown, return_tensors="pt")
+    with torch.no_grad():
+        expected_BNC = model(**theirs).last_hidden_state.numpy()
+    wanted = dataclasses.replace(NAFLEX.pixels, resample="bilinear")
+    rows, grids = zip(*(geometry.patch_rows(geometry.fit(image, wanted), wanted) for image in shown), strict=True)
+    np.testing.assert_array_equal(np.stack(grids), theirs["spatial_shapes"])
+    tower = loaded(dataclasses.replace(NAFLEX, pixels=wanted), folder)
+    found_BNC = np.asarray(jax.jit(tower)(np.stack(rows), np.stack(grids)))
+    valid_BN = np.asarray(theirs["pixel_attention_mask"]).astype(bool)
+    assert len({tuple(grid) for grid in grids}) == 2
+    np.testing.assert_allclose(found_BNC[valid_BN], expected_BNC[valid_BN], rtol=1e-5, atol=1e-5)

@@ -1,10 +1,11 @@
 """Two towers that see the same image, their features side by side: Prismatic's dinosiglip.
 
-    tokens = [first(image) | second((image * std_1 + mean_1 - mean_2) / std_2)]        along C, so N is one tower's
+    tokens = [first(image) | second(image)]        along C, so N is one tower's
 
-The host normalises for the first; the second's normalisation is derived from it on the device, so both read one resized
-image. Source: Karamcheti et al. 2024, "Prismatic VLMs" (DinoSigLIPViTBackbone): DINOv2-L with registers first, then SigLIP
-so400m, each behind its second-to-last block and before any norm, patches alone, resized naively to one size.
+Both read one resized image: bytes, which each normalises for itself, or values that are normalised for the first already,
+from which the second's follow, (x std_1 + mean_1 - mean_2) / std_2. Source: Karamcheti et al. 2024, "Prismatic VLMs"
+(DinoSigLIPViTBackbone): DINOv2-L with registers first, then SigLIP so400m, each behind its second-to-last block and before
+any norm, patches alone, resized naively to one size.
 Departure: padding that a geometry adds ("letterbox", "pad") has the first tower's mean for both, Prismatic pads each apart.
 Cost: both towers.
 """
