@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -169,10 +168,12 @@ def identify(run: Run, model_identity: dict[str, Any]) -> dict[str, Any]:
     return model_identity | data | train
 
 
-def _flops(run: Run) -> Callable[[int], float]:
-    """Useful FLOPs of one sample's step by its positions; 0 where the cost is not known analytically."""
+def _flops(run: Run) -> Callable[[int, int], float]:
+    """Useful FLOPs of one sample's step by its positions and supervised tokens; 0 where no formula is known."""
     config = run.model
     if not isinstance(config, VlmConfig):
-        return lambda positions: 0.0
+        return lambda positions, supervised: 0.0
     trainable, cached, Q = run.train.trainable, run.train.feature_cache, config.num_queries
-    return lru_cache(lambda positions: training_flops(config, positions - Q, trainable, cached_features=cached))
+    return lambda positions, supervised: training_flops(
+        config, positions - Q, trainable, supervised=supervised, cached_features=cached
+    )
