@@ -1,9 +1,10 @@
 """Evaluating a Run: its questions through the trained model, the controls, the scores, and what an answer costs.
 
 Every question of the evaluation source is asked alone: the image, the question, a greedy answer. The controls ask the
-same questions about a grey image ("blank") and about another sample's image ("shuffled"): what they score is owed to
-language alone. A compressor that is told the question is also told nothing ("null_text") or another question
-("shuffled_text"), while the LLM reads the right one: what the score loses is owed to the conditioning.
+same questions about a grey image ("blank"), another sample's image ("shuffled") and noise of the data's own colours
+("random"): what they score is owed to language alone. A compressor that is told the question is also told nothing
+("null_text") or another question ("shuffled_text"), while the LLM reads the right one: what the score loses is owed to
+the conditioning.
 """
 
 from __future__ import annotations
@@ -32,11 +33,12 @@ from tcjax.pipeline import images as pictures
 from tcjax.pipeline.chat import Chat, fitted, load_tokenizer
 from tcjax.pipeline.images import CorruptImage
 from tcjax.pipeline.input import TooManyCorrupt
+from tcjax.pipeline.pictures import Noise, grey
 from tcjax.pipeline.questions import EvaluationSet, questions
 from tcjax.pipeline.source import open_source
 from tcjax.vlm import Vlm, VlmConfig
 
-CONTROLS = ("blank", "shuffled")
+CONTROLS = ("blank", "shuffled", "random")
 TEXT_CONTROLS = ("null_text", "shuffled_text")
 SHORT = 8  # answers of up to so many tokens are generated together, longer ones apart
 TIMED = 5  # prefills measured; the median is reported
@@ -79,6 +81,7 @@ def evaluate_run(
         "": (asked, images.of),
         "blank": (asked, images.blank),
         "shuffled": (asked, images.shuffled),
+        "random": (asked, images.random),
         "null_text": (asked.without_text(), images.of),
         "shuffled_text": (asked.with_other_text(), images.of),
     }
@@ -136,8 +139,8 @@ class Images:
         source: Source = dataclasses.replace(scored.source, split=split)
         self._prepared, self._pixels = open_source(root, source), config.tower.pixels
         self._features = tower_features(model, identity, config, source, root=root, quiet=quiet) if cached else None
-        Y, X = self._pixels.size_YX
-        self._grey_YX3 = np.zeros((Y, X, 3), np.float32)  # the mean colour, once normalised
+        self._grey_YX3 = grey(self._pixels)
+        self._noise: Noise | None = None
         self._grey_NC = (
             np.asarray(jax.jit(lambda image: model.tower(image))(self._grey_YX3[None]))[0] if cached else None
         )
@@ -185,6 +188,12 @@ class Images:
         num = len(self.readable)
         position_B = np.searchsorted(self.readable, index_B)
         return self.of(self.readable[(position_B + max(num // 2, 1)) % num])
+
+    def random(self, index_B: np.ndarray) -> dict[str, np.ndarray]:
+        """Noise with the mean and deviation of the set's own colours, another for every image."""
+        if self._noise is None:
+            self._noise = Noise(pictures.of(self._prepared[int(index)], self._pixels) for index in self.readable)
+        return {"images_BYX3": np.stack([self._noise.of(int(index), self._pixels) for index in index_B])}
 
 
 def distinct(asked: EvaluationSet) -> tuple[np.ndarray, np.ndarray]:

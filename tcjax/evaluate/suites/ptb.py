@@ -36,10 +36,15 @@ _PIECES = re.compile(
     """,
     re.VERBOSE,
 )
-_SPLIT = {"cannot": ("can", "not"), "gonna": ("gon", "na"), "wanna": ("wan", "na"), "gotta": ("got", "ta")}
+_SPLIT: dict[str, tuple[str, ...]] = {
+    "cannot": ("can", "not"),
+    "gonna": ("gon", "na"),
+    "wanna": ("wan", "na"),
+    "gotta": ("got", "ta"),
+}
 _SPLIT |= {"lemme": ("lem", "me"), "gimme": ("gim", "me")}
 # Brackets stay: the published list of dropped words has them in capitals, and the text is lower case by then.
-_BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
+_BRACKETS: dict[str, str] = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
 _NOTHING = re.compile(r"[\"“”–—]|\.\.+|--+")
 
 
@@ -50,11 +55,12 @@ def approximate(captions: Sequence[str]) -> list[list[str]]:
 
 def _words(caption: str) -> list[str]:
     text = caption.replace("\n", " ").replace("’", "'").replace("‘", "`").lower()
-    words = []
+    words: list[str] = []
     for found in _PIECES.finditer(text):
         piece = found[0]
         words += _SPLIT.get(piece, (piece,))
-    return [_BRACKETS.get(word, word) for word in words if word not in DROPPED and not _NOTHING.fullmatch(word)]
+    kept = (word for word in words if word not in DROPPED and not _NOTHING.fullmatch(word))
+    return [_BRACKETS.get(word, word) for word in kept]
 
 
 def exact(captions: Sequence[str]) -> list[list[str]]:

@@ -79,7 +79,7 @@ def _ocr(folder: Path, split: str) -> tuple[dict[tuple[str, str], str], dict[str
         return prompts, {}
     items = listed(load_json(path, TITLE, dict, OCR_SCHEMA), "data", path, OCR_SCHEMA)
     pairs = [fields_of(item, ["image_id", "ocr_tokens"], f"an image of {path}", OCR_SCHEMA) for item in items]
-    return {}, dict(pairs)
+    return {}, {str(image): list(tokens) for image, tokens in pairs}
 
 
 def judge(questions: Sequence[Question], predictions: Sequence[str], mode: str) -> list[Judged]:

@@ -46,7 +46,8 @@ def read(folder: Path, split: str = "val", mode: str = "official") -> list[Quest
     year = SPLITS[split]
     path = published(folder, [f"v2_OpenEnded_mscoco_{year}_questions.json"], TITLE)
     asked = listed(load_json(path, TITLE, dict, QUESTIONS), "questions", path, QUESTIONS)
-    answers = {} if split.startswith("test") else _annotations(folder, year)
+    hidden = split.startswith("test")
+    answers = {} if hidden else _annotations(folder, year)
     questions, coco = [], year.replace("-dev", "")
     for item in asked:
         image, text, number = fields_of(
@@ -54,7 +55,7 @@ def read(folder: Path, split: str = "val", mode: str = "official") -> list[Quest
         )
         name = f"COCO_{coco}_{image:012d}.jpg"
         truths, fields = (), {"question": text}
-        if answers:
+        if not hidden:
             if number not in answers:
                 raise ValueError(f"question {number} of {path} has no annotation; both files must be of one split.")
             kind, form, truths = answers[number]
