@@ -116,20 +116,15 @@ class Looks:
 
     def __init__(self, responder: Responder, questions: Sequence[Question], folder: Path):
         self._responder, self._folder = responder, folder
-        self._paths: dict[str, Path] = {}
-        missing = []
-        for question in questions:
-            if question.images and question.images[0] not in self._paths:
-                path = locate(folder, question.images)
-                if path is None:
-                    missing.append(" or ".join(question.images))
-                else:
-                    self._paths[question.images[0]] = path
+        places = {question.images[0]: question.images for question in questions if question.images}
+        found = {image: locate(folder, possible) for image, possible in places.items()}
+        missing = [" or ".join(places[image]) for image, path in found.items() if path is None]
         if missing:
             raise ValueError(
-                f"{len(missing)} of {len(missing) + len(self._paths)} images are not below {folder}, for instance "
-                f"{missing[0]}; --images names the folder they lie in."
+                f"{len(missing)} of {len(found)} images are not below {folder}, for instance {missing[0]}; --images names "
+                f"the folder they lie in."
             )
+        self._paths: dict[str, Path] = {image: path for image, path in found.items() if path is not None}
         self._number = {image: number for number, image in enumerate(self._paths)}
         self._noise: Noise | None = None
 
