@@ -1,8 +1,9 @@
-"""Trained runs as a model of lmms-eval, through its entry point group `lmms_eval.models`.
+"""Trained runs, and what was exported of them, as a model of lmms-eval, by its entry point group `lmms_eval.models`.
 
     python -m lmms_eval --model tcjax --model_args pretrained=runs/<name>,batch_size=16 --tasks pope,mme
 
-`pretrained` is a run's folder. Answers are greedy; images stand before the question, as the run's template puts them.
+`pretrained` is a run's folder, which answers on JAX, or a directory that `tcjax export --to hf` or hf-remote wrote, which
+answers on torch. Answers are greedy; images stand before the question, as the run's template puts them.
 lmms-eval is imported when it asks for the model and not before: tcjax does not need it.
 """
 
@@ -18,6 +19,7 @@ from tcjax import content
 from tcjax.reply import Asked, Responder
 
 NAME = "tcjax"
+Shown = tuple[str, list[Any]]  # a question and its PIL images
 _DEFAULT_TOKENS = 128  # where a task does not say how long an answer may be
 
 
@@ -39,7 +41,7 @@ def _model_class() -> type:
     from lmms_eval.api.model import lmms  # pyright: ignore[reportMissingImports]
 
     class Tcjax(lmms):
-        """pretrained: a run's folder. batch_size: questions answered together."""
+        """pretrained: a run's folder or an exported directory. batch_size: questions answered together, on JAX."""
 
         is_simple = True
 
@@ -47,8 +49,7 @@ def _model_class() -> type:
             super().__init__()
             if kwargs:
                 raise ValueError(f"--model_args {sorted(kwargs)} are unknown; tcjax takes pretrained and batch_size.")
-            folder = Path(pretrained)
-            self.responder = Responder.of_folder(folder, root=content.project_root(folder), batch=int(batch_size))
+            self.backend = _backend(Path(pretrained), int(batch_size), device)
 
         def generate_until(self, requests: Sequence[Any]) -> list[str]:
             settings = [_generation(request.args[1]) for request in requests]
@@ -56,7 +57,7 @@ def _model_class() -> type:
             for tokens in sorted({tokens for tokens, _ in settings}):  # a length is a program of its own
                 some = [place for place, (length, _) in enumerate(settings) if length == tokens]
                 asked = [self._asked(*_document(requests[place].args)) for place in some]
-                for place, answer in zip(some, self.responder.answers(asked, tokens), strict=True):
+                for place, answer in zip(some, self.backend.answers(asked, tokens), strict=True):
                     said[place] = _cut(answer, settings[place][1])
             return said
 
@@ -66,9 +67,8 @@ def _model_class() -> type:
             for request in requests:
                 context, target, visuals, doc_id, task, split = request.args
                 text = target if isinstance(target, str) else str(target(self._doc(task, split, doc_id)))
-                asked = self._asked(context, visuals, doc_id, task, split)
-                likelihood = self.responder.likelihoods([asked], [text.lstrip()])
-                found.append((float(likelihood.total[0, 0]), bool(likelihood.greedy[0, 0])))
+                shown = self._asked(context, visuals, doc_id, task, split)
+                found.append(self.backend.likelihood(*shown, text.lstrip()))
             return found
 
         def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
@@ -79,12 +79,41 @@ def _model_class() -> type:
 
         def _asked(
             self, context: str, visuals: Callable[[Any], Any] | None, doc_id: Any, task: str, split: str
-        ) -> Asked:
+        ) -> Shown:
             images = _flat(visuals(self._doc(task, split, doc_id))) if visuals else []
-            pictures = tuple(self.responder.picture(_encoded(image), f"{task} {doc_id}") for image in images)
-            return Asked(context.replace("<image>", "").strip(), pictures)
+            return context.replace("<image>", "").strip(), images
 
     return Tcjax
+
+
+class OnJax:
+    """A run's folder, asked with PIL images."""
+
+    def __init__(self, responder: Responder):
+        self._responder = responder
+
+    def answers(self, asked: Sequence[Shown], max_tokens: int) -> list[str]:
+        return self._responder.answers([self._seen(*one) for one in asked], max_tokens)
+
+    def likelihood(self, question: str, images: Sequence[Any], text: str) -> tuple[float, bool]:
+        found = self._responder.likelihoods([self._seen(question, images)], [text])
+        return float(found.total[0, 0]), bool(found.greedy[0, 0])
+
+    def _seen(self, question: str, images: Sequence[Any]) -> Asked:
+        return Asked(question, tuple(self._responder.picture(_encoded(image), "of the task") for image in images))
+
+
+def _backend(folder: Path, batch: int, device: str | None) -> Any:
+    if (folder / "run.json").is_file():
+        return OnJax(Responder.of_folder(folder, root=content.project_root(folder), batch=batch))
+    if (folder / "config.json").is_file():
+        from tcjax.export.torch.formats.hosted import Hosted
+
+        return Hosted(folder, device)
+    raise ValueError(
+        f"{folder} is neither a run's folder (run.json) nor an exported Hugging Face directory (config.json); "
+        f"pretrained= names one of them."
+    )
 
 
 def _document(arguments: Sequence[Any]) -> tuple[str, Any, Any, str, str]:

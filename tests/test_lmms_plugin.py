@@ -164,7 +164,29 @@ def test_what_it_cannot_do_is_said(model, project):
         type(model)(pretrained=str(project / "run"), revision="main")
     with pytest.raises(ValueError, match="tcjax sees images; the task shows a str"):
         lmms_plugin._flat(["video.mp4"])
-    with pytest.raises(ValueError, match="is not a run's folder"):
+    with pytest.raises(ValueError, match="is neither a run's folder"):
         type(model)(pretrained=str(project))
     with pytest.raises(AttributeError, match="has no attribute 'Other'"):
         _ = lmms_plugin.Other
+
+
+def test_an_exported_directory_answers_on_torch_as_the_run_does_on_jax(lmms_eval, tmp_path, monkeypatch):
+    from tcjax.compressors import resampler
+    from tcjax.export import hf_folder, hf_remote
+    from tcjax.lmms_plugin import OnJax
+    from tests.hosted import IDENTITY, ROOT, a_model, a_run
+
+    monkeypatch.setattr(hf_folder, "certify", lambda folder: {"ran": False, "note": "tests/test_hf.py runs it"})
+    run = a_run(resampler.Config(num_queries=3, depth=1, heads=2, head_width=8))
+    out = hf_remote.export(run, a_model(run), IDENTITY, out=tmp_path / "out", root=ROOT)
+    torch = getattr(lmms_plugin, "Tcjax")(pretrained=str(out), device="cpu").backend  # noqa: B009
+    jax = OnJax(Responder(run, a_model(run), root=ROOT, batch=1))
+    image = documents()[0]["images"][0].resize((16, 16))
+    asked = [("count red ?", [image]), ("count blue ?", [image])]
+    said = jax.answers(asked, 5)
+    assert torch.answers(asked, 5) == said and any(said)
+    for text in ("red", "blue blue"):
+        total, greedy = jax.likelihood(*asked[0], text)
+        assert torch.likelihood(*asked[0], text) == (pytest.approx(total, abs=1e-5), greedy)
+    with pytest.raises(ValueError, match="has no token"):
+        torch.likelihood(*asked[0], "")
