@@ -1,6 +1,7 @@
 """What the benchmarks' definitions say: readers, prompts, normalisation, edge cases, checked by hand."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -331,3 +332,11 @@ def test_predictions_must_belong_to_questions_whose_answers_are_known(tmp_path):
 
 def test_a_share_of_nothing_is_0():
     assert share(1.0, 0.0) == 0 and list(share(np.array([1.0, 1.0]), np.array([0.0, 2.0]))) == [0, 0.5]
+
+
+def test_the_guide_names_every_benchmark_mode_and_file():
+    guide = (Path(__file__).parents[1] / "docs/benchmarks.md").read_text()
+    for name, suite in SUITES.items():
+        (row,) = (line for line in guide.splitlines() if line.startswith(f"| {name} |"))
+        assert f"| {', '.join(suite.MODES)} |" in row
+        assert suite.HEADLINE in row
