@@ -24,7 +24,7 @@ from rich.progress import Progress
 
 from tcjax.batch import Batch
 from tcjax.compressors.base import Context
-from tcjax.config import EvaluateConfig, Run, Source
+from tcjax.config import Run, Source
 from tcjax.evaluate.cost import cost
 from tcjax.evaluate.generate import make_generate, make_prefill
 from tcjax.evaluate.scores import Answer, exact_match, is_right, mean_accuracy, token_accuracy
@@ -33,7 +33,7 @@ from tcjax.pipeline import images as pictures
 from tcjax.pipeline.chat import Chat, fitted, load_tokenizer
 from tcjax.pipeline.images import CorruptImage
 from tcjax.pipeline.input import TooManyCorrupt
-from tcjax.pipeline.pictures import Noise, grey
+from tcjax.pipeline.pictures import Noise, grey, stacked
 from tcjax.pipeline.questions import EvaluationSet, questions
 from tcjax.pipeline.source import open_source
 from tcjax.vlm import Vlm, VlmConfig
@@ -72,7 +72,7 @@ def evaluate_run(
     chat = Chat(load_tokenizer(root / run.data.tokenizer))
     asked = questions(open_source(root, scored.source), chat, num_queries=config.num_queries, boards=scored.boards)
     (end,) = chat.end_ids
-    images = Images(model, identity, config, scored, run.train.feature_cache, root=root, quiet=quiet)
+    images = Images(model, identity, run, root=root, quiet=quiet)
     images.check(run.data.max_corrupt)
     asked = asked.rows(np.isin(asked.index_B, images.readable))
     answer = make_generate(model, end=end)
@@ -126,24 +126,26 @@ class Images:
         self,
         model: Vlm,
         identity: dict,
-        config: VlmConfig,
-        scored: EvaluateConfig,
-        cached: bool,
+        run: Run,
         *,
         root: Path,
         quiet: bool,
     ):
+        scored = run.evaluate
+        assert scored is not None
         split = scored.source.split
         if scored.boards and "[" not in split:
             split = f"{split}[:{scored.boards}]"
         source: Source = dataclasses.replace(scored.source, split=split)
-        self._prepared, self._pixels = open_source(root, source), config.tower.pixels
-        self._features = tower_features(model, identity, config, source, root=root, quiet=quiet) if cached else None
-        self._grey_YX3 = grey(self._pixels)
+        self._prepared, self._pixels = open_source(root, source), model.tower.cfg.pixels
+        cached = bool(run.train.feature_cache)
+        self._features = tower_features(model, identity, run, source, root=root, quiet=quiet) if cached else None
         self._noise: Noise | None = None
-        self._grey_NC = (
-            np.asarray(jax.jit(lambda image: model.tower(image))(self._grey_YX3[None]))[0] if cached else None
-        )
+        self._grey = stacked("images_BYX3", [grey(self._pixels)])
+        if cached:
+            see = jax.jit(lambda told: model.see(Batch(**told)))
+            self._grey = {**self._grey, "features_BNC": np.asarray(see(self._grey))}
+            del self._grey["images_BYX3"]
 
         found = [self._can_read(index) for index in range(len(self._prepared))]
         self.readable = np.flatnonzero(found)
@@ -151,7 +153,7 @@ class Images:
 
     def _can_read(self, index: int) -> bool:
         if self._features is not None:
-            return bool(np.isfinite(self._features[index, 0, 0]))
+            return self._features.readable(index)
         try:
             pictures.of(self._prepared[index], self._pixels)
         except CorruptImage:
@@ -168,20 +170,21 @@ class Images:
                 f"raise max_corrupt."
             )
 
-    def pixels(self, index_B: np.ndarray) -> np.ndarray:
-        """float32 images_BYX3, normalised."""
-        return np.stack([pictures.of(self._prepared[int(index)], self._pixels) for index in index_B])
+    def pixels(self, index_B: np.ndarray) -> dict[str, np.ndarray]:
+        """uint8 images_BYX3, and grids_B2 where every image has its own."""
+        return stacked("images_BYX3", [pictures.of(self._prepared[int(index)], self._pixels) for index in index_B])
 
     def of(self, index_B: np.ndarray) -> dict[str, np.ndarray]:
-        if self._features is None:
-            return {"images_BYX3": self.pixels(index_B)}
-        return {"features_BNC": np.asarray(self._features[index_B])}
+        """The images of the questions, or their cached features."""
+        features = self._features
+        if features is None:
+            return self.pixels(index_B)
+        seen = [(features(index).astype(np.float32), features.grid(index)) for index in index_B.tolist()]
+        return stacked("features_BNC", seen)
 
     def blank(self, index_B: np.ndarray) -> dict[str, np.ndarray]:
         """The same grey image for every question."""
-        if self._grey_NC is None:
-            return {"images_BYX3": np.broadcast_to(self._grey_YX3, (len(index_B), *self._grey_YX3.shape))}
-        return {"features_BNC": np.broadcast_to(self._grey_NC, (len(index_B), *self._grey_NC.shape))}
+        return {name: np.broadcast_to(one, (len(index_B), *one.shape[1:])) for name, one in self._grey.items()}
 
     def shuffled(self, index_B: np.ndarray) -> dict[str, np.ndarray]:
         """The image half the set away: never the question's own, unless it is the only one."""
@@ -192,8 +195,9 @@ class Images:
     def random(self, index_B: np.ndarray) -> dict[str, np.ndarray]:
         """Noise with the mean and deviation of the set's own colours, another for every image."""
         if self._noise is None:
-            self._noise = Noise(pictures.of(self._prepared[int(index)], self._pixels) for index in self.readable)
-        return {"images_BYX3": np.stack([self._noise.of(int(index), self._pixels) for index in index_B])}
+            own = (pictures.of(self._prepared[int(index)], self._pixels)[0] for index in self.readable)
+            self._noise = Noise(pictures.normalise(image, self._pixels) for image in own)
+        return stacked("images_BYX3", [self._noise.of(int(index), self._pixels) for index in index_B])
 
 
 def distinct(asked: EvaluationSet) -> tuple[np.ndarray, np.ndarray]:
@@ -227,14 +231,13 @@ def looks(model: Vlm, run: Run, *, root: Path, out: Path, boards: int = 4) -> Pa
             told.append(fitted(chat.instruction(question), run.data.instruction_length))
         if len(shown) == boards:
             break
-    images_BYX3 = np.stack([image for _, image in shown])
-    batch = Batch(images_BYX3=images_BYX3, instruction_BT=np.stack(told), index_B=np.arange(len(shown)))
+    seen = stacked("images_BYX3", [image for _, image in shown])
+    batch = Batch(**seen, instruction_BT=np.stack(told), index_B=np.arange(len(shown)))
     see = jax.jit(lambda batch: model.compress(batch, Context(assign=True)).assign_BQN)
-    mean, std = np.array(config.tower.pixels.mean), np.array(config.tower.pixels.std)
     path = out / "looks.npz"
     np.savez_compressed(
         path,
-        images=((images_BYX3 * std + mean) * 255).round().clip(0, 255).astype(np.uint8),
+        images=seen["images_BYX3"],
         assign=np.asarray(see(batch), np.float32)[..., config.widths.extra :],
         grid=np.array(config.widths.grid_HW),
         questions=np.array([name for name, _ in shown]),
@@ -278,7 +281,7 @@ def _batch(asked: EvaluationSet, look: Callable[[np.ndarray], dict[str, np.ndarr
 def _prefill_seconds(model: Vlm, asked: EvaluationSet, images: Images, size: int) -> float:
     """Seconds per image from pixels to the first token's logits, compiled and warm, batch `size`."""
     some = asked.rows(np.resize(np.arange(len(asked.index_B)), size))
-    batch = _batch(some, lambda index_B: {"images_BYX3": images.pixels(index_B)})
+    batch = _batch(some, images.pixels)
     prefill, seconds = make_prefill(model), []
     prefill(batch).block_until_ready()
     for _ in range(TIMED):

@@ -21,7 +21,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 from rich.console import Console
 from rich.progress import Progress, TaskID, TimeElapsedColumn, TimeRemainingColumn
 
@@ -29,7 +28,8 @@ from tcjax.config import Run
 from tcjax.evaluate import suite as suites
 from tcjax.evaluate.statistics import Estimate
 from tcjax.evaluate.suites.question import Judged, Question
-from tcjax.pipeline.pictures import Noise, grey, locate
+from tcjax.pipeline.images import normalise
+from tcjax.pipeline.pictures import Noise, Seen, grey, locate
 from tcjax.record import to_dict, write_json
 from tcjax.reply import Asked, Responder
 
@@ -128,28 +128,29 @@ class Looks:
         self._number = {image: number for number, image in enumerate(self._paths)}
         self._noise: Noise | None = None
 
-    def of(self, control: str) -> Callable[[Question], tuple[np.ndarray, ...]]:
+    def of(self, control: str) -> Callable[[Question], tuple[Seen, ...]]:
         """The images a question is asked with."""
         shown = {"": self._own, "blank": self._blank, "shuffled": self._other, "random": self._random}[control]
+        responder = self._responder
         if control == "random" and self._noise is None and self._paths:
-            self._noise = Noise(self._read(image) for image in self._paths)
+            self._noise = Noise(normalise(self._read(image)[0], responder.pixels) for image in self._paths)
         return lambda question: (shown(question.images[0]),) if question.images else ()
 
-    def _read(self, image: str) -> np.ndarray:
+    def _read(self, image: str) -> Seen:
         return self._responder.picture(self._paths[image].read_bytes(), str(self._paths[image]))
 
-    def _own(self, image: str) -> np.ndarray:
+    def _own(self, image: str) -> Seen:
         return self._read(image)
 
-    def _blank(self, image: str) -> np.ndarray:
+    def _blank(self, image: str) -> Seen:
         return grey(self._responder.pixels)
 
-    def _other(self, image: str) -> np.ndarray:
+    def _other(self, image: str) -> Seen:
         """The image half the set away: never the question's own, unless it is the only one."""
         images = list(self._paths)
         return self._read(images[(self._number[image] + max(len(images) // 2, 1)) % len(images)])
 
-    def _random(self, image: str) -> np.ndarray:
+    def _random(self, image: str) -> Seen:
         assert self._noise is not None
         return self._noise.of(self._number[image], self._responder.pixels)
 
@@ -157,7 +158,7 @@ class Looks:
 def _ask(
     responder: Responder,
     questions: Sequence[Question],
-    look: Callable[[Question], tuple[np.ndarray, ...]],
+    look: Callable[[Question], tuple[Seen, ...]],
     tokens: int,
     folder: Path,
     facts: dict[str, Any],

@@ -20,17 +20,17 @@ from tcjax.evaluate.stream import make_stream
 from tcjax.job import load_run, trained
 from tcjax.pipeline import images as pictures
 from tcjax.pipeline.chat import Chat, fitted, load_tokenizer
-from tcjax.pipeline.pictures import grey
+from tcjax.pipeline.pictures import Seen, grey, stacked
 from tcjax.vlm import Vlm, VlmConfig
 
 BUCKET = 32
 
 
 class Asked(NamedTuple):
-    """question: as the user would type it. images: float32 image_YX3 as `Responder.picture` gives them, in order."""
+    """question: as the user would type it. images: as `Responder.picture` gives them, in order, or controls' instead."""
 
     question: str
-    images: tuple[np.ndarray, ...]
+    images: tuple[Seen, ...]
 
 
 class Prompt(NamedTuple):
@@ -47,7 +47,7 @@ class Responder:
             raise ValueError(f"{run.name} trains a {type(run.model).__name__}, which answers no questions; ask a VLM.")
         self.run, self.config, self.size, self.step = run, run.model, batch, step
         self.chat = Chat(load_tokenizer(root / run.data.tokenizer))
-        self.pixels = self.config.tower.pixels
+        self.pixels = model.tower.cfg.pixels
         if len(self.chat.end_ids) != 1:
             raise ValueError(f"generation stops at one token, but Template.end is {len(self.chat.end_ids)} tokens.")
         (self.end,) = self.chat.end_ids
@@ -61,9 +61,9 @@ class Responder:
         model, _, step = trained(run, root=root, out=out)
         return cls(run, model, root=root, batch=batch, step=step)  # pyright: ignore[reportArgumentType]
 
-    def picture(self, encoded: bytes, name: str) -> np.ndarray:
-        """float32 image_YX3 as the tower wants it; CorruptImage names what cannot be read."""
-        return pictures.normalise(pictures.decode(encoded, self.pixels, name), self.pixels)
+    def picture(self, encoded: bytes, name: str) -> Seen:
+        """The pixels as the tower wants them; CorruptImage names what cannot be read."""
+        return pictures.read(encoded, self.pixels, name)
 
     def prompt(self, question: str, num_images: int = 1) -> Prompt:
         """Ids up to the assistant mark; every image has Q positions."""
@@ -134,7 +134,7 @@ class Responder:
         for row, (one, prompt) in enumerate(zip(asked, prompts, strict=True)):
             start = S - len(prompt.ids)
             ids_BS[row, start:], is_image_BS[row, start:], valid_BS[row, start:] = prompt.ids, prompt.is_image, True
-            shown += [*one.images, *[grey(self.pixels)] * (R - len(one.images))]
+            shown += [*one.images, *[self._free_slot(asked)] * (R - len(one.images))]
             told += [fitted(prompt.instruction, self.run.data.instruction_length)] * R
         return Batch(
             tokens_BS=ids_BS,
@@ -142,8 +142,14 @@ class Responder:
             valid_BS=valid_BS,
             instruction_BT=np.stack(told) if self.config.reads_text else None,
             index_B=np.zeros(len(shown), np.int32),
-            images_BYX3=np.stack(shown),
+            **stacked("images_BYX3", shown),
         )
+
+    def _free_slot(self, asked: Sequence[Asked]) -> Seen:
+        """A blank image of the same kind of numbers as those beside it."""
+        blank, grid = grey(self.pixels)
+        kinds = {image.dtype for one in asked for image, _ in one.images}
+        return blank.astype(kinds.pop() if kinds else blank.dtype), grid
 
     def _batches(self, asked: Sequence[Asked]) -> Iterator[tuple[list[int], Batch]]:
         """Places in `asked` and their batch, filled up with its first question to keep one shape."""

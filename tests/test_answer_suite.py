@@ -7,7 +7,7 @@ import pytest
 
 from tcjax.answer_suite import Benchmark, compare_runs, evaluate_suite
 from tcjax.evaluate.suite import SUITES
-from tcjax.pipeline.images import CorruptImage
+from tcjax.pipeline.images import CorruptImage, normalise
 from tcjax.pipeline.pictures import Noise, locate
 from tcjax.reply import Asked, Responder
 from tests import suite_files
@@ -88,7 +88,7 @@ def test_controls_ask_the_same_questions_about_other_images(responder, project, 
     answers = responder.answers
 
     def listen(rows, tokens):
-        seen.setdefault(control[0], []).extend(row.images[0] for row in rows)
+        seen.setdefault(control[0], []).extend(row.images[0][0] for row in rows)
         return answers(rows, tokens)
 
     monkeypatch.setattr(responder, "answers", listen)
@@ -97,6 +97,7 @@ def test_controls_ask_the_same_questions_about_other_images(responder, project, 
         found = ask(responder, project, "docvqa", controls=controls, max_tokens=5)
         assert list(found["controls"]) == list(controls)
     own, blank, shuffled, random = (np.stack(seen[name]) for name in ("own", "blank", "shuffled", "random"))
+    own, shuffled = normalise(own, responder.pixels), normalise(shuffled, responder.pixels)
     assert not blank.any()
     np.testing.assert_array_equal(shuffled, own[[2, 3, 0, 1]])
     assert np.abs(random - own).min() >= 0 and np.abs(random[0] - random[2]).max() > 0.5

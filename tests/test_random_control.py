@@ -9,6 +9,7 @@ from flax import nnx
 from tcjax.answer import CONTROLS, Images, evaluate_run
 from tcjax.compressors import avg_pool
 from tcjax.config import EvaluateConfig, Run, Source, TrainConfig
+from tcjax.pipeline.images import normalise
 from tcjax.vlm import VlmConfig
 from tests.hosted import LLMS, TOWERS
 from tests.tiny_boards import PIXELS, SOURCE, data_config, make_project
@@ -34,9 +35,9 @@ def model():
 
 
 def test_noise_has_the_colours_of_the_images(project, model):
-    images = Images(model, IDENTITY, MODEL, SCORED, False, root=project, quiet=True)
+    images = Images(model, IDENTITY, RUN, root=project, quiet=True)
     index_B = np.arange(4)
-    own, noise = images.of(index_B)["images_BYX3"], images.random(index_B)["images_BYX3"]
+    own, noise = normalise(images.of(index_B)["images_BYX3"], PIXELS), images.random(index_B)["images_BYX3"]
     assert noise.shape == own.shape and noise.dtype == np.float32
     np.testing.assert_allclose(noise.mean((0, 1, 2)), own.mean((0, 1, 2)), atol=0.02)
     np.testing.assert_allclose(noise.std((0, 1, 2)), own.std((0, 1, 2)), rtol=0.05)
@@ -45,7 +46,7 @@ def test_noise_has_the_colours_of_the_images(project, model):
 
 def test_every_control_is_scored_with_and_without_a_feature_cache(project, model, tmp_path):
     found = []
-    for cached in (False, True):
+    for cached in ("", "float32"):
         run = RUN.replace(train=dataclasses.replace(RUN.train, feature_cache=cached))
         found.append(evaluate_run(run, model, IDENTITY, root=project, out=tmp_path, quiet=True))
     assert tuple(found[0]["controls"]) == ("blank", "shuffled", "random")

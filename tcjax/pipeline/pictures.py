@@ -14,6 +14,9 @@ import numpy as np
 
 from tcjax.config import Pixels
 
+# uint8 pixels, or float32 ones that are normalised already, of shape `Pixels.shape`; and naflex's grid of patches.
+Seen = tuple[np.ndarray, np.ndarray | None]
+
 SAMPLED = 64  # images whose colours stand for the dataset's
 
 
@@ -29,22 +32,30 @@ def locate(folder: Path, places: Sequence[str]) -> Path | None:
     return None
 
 
-def grey(pixels: Pixels) -> np.ndarray:
-    """float32 image_YX3 that carries nothing."""
-    return np.zeros((*pixels.size_YX, 3), np.float32)
+def grey(pixels: Pixels) -> Seen:
+    """An image that carries nothing."""
+    side = pixels.size_YX[0] // pixels.patch if pixels.geometry == "naflex" else 0
+    return np.zeros(pixels.shape, np.float32), np.full(2, side, np.int32) if side else None
+
+
+def stacked(name: str, seen: Sequence[Seen]) -> dict[str, np.ndarray]:
+    """Batch fields of images, or of their features, and of their grids."""
+    grids = [grid for _, grid in seen if grid is not None]
+    return {name: np.stack([array for array, _ in seen])} | ({"grids_B2": np.stack(grids)} if grids else {})
 
 
 class Noise:
     """Random images: every pixel and channel drawn alone, as bright and as spread as the given normalised images are."""
 
     def __init__(self, images: Iterable[np.ndarray]):
-        colours = [image_YX3.reshape(-1, 3) for image_YX3, _ in zip(images, range(SAMPLED), strict=False)]
+        colours = [image.reshape(-1, 3) for image, _ in zip(images, range(SAMPLED), strict=False)]
         if not colours:
             raise ValueError("random images need at least one readable image to take mean and deviation from.")
         self._mean = np.mean([image.mean(0) for image in colours], axis=0)
         self._std = np.sqrt(np.mean([((image - self._mean) ** 2).mean(0) for image in colours], axis=0))
 
-    def of(self, number: int, pixels: Pixels) -> np.ndarray:
-        """float32 image_YX3, the same for the same number."""
-        drawn_YX3 = np.random.default_rng([number, 0x6E6F]).standard_normal((*pixels.size_YX, 3))
-        return (self._mean + self._std * drawn_YX3).astype(np.float32)
+    def of(self, number: int, pixels: Pixels) -> Seen:
+        """The same image for the same number."""
+        blank, grid = grey(pixels)
+        drawn = np.random.default_rng([number, 0x6E6F]).standard_normal((*blank.shape[:-1], blank.shape[-1] // 3, 3))
+        return (self._mean + self._std * drawn).astype(np.float32).reshape(blank.shape), grid
