@@ -215,7 +215,8 @@ class EvaluateConfig:
 
     boards: at most so many images (0: all). batch: questions per forward pass.
     queries: other numbers of visual tokens at which the same weights are scored too (elastic compressors).
-    controls: "blank" (a grey image) and "shuffled" (another sample's image); what they score is owed to language alone.
+    controls: "blank" (a grey image), "shuffled" (another sample's image) and "random" (noise of the data's own colours); what
+        they score is owed to language alone.
         For a compressor that is told the question also "null_text" (it is told nothing) and "shuffled_text" (another
         question): what the score loses is owed to the conditioning. The LLM always reads the right question.
     """
