@@ -137,13 +137,14 @@ class Images:
         self._prepared, self._pixels = open_source(root, source), model.tower.cfg.pixels
         cached = bool(run.train.feature_cache)
         self._features = tower_features(model, identity, run, source, root=root, quiet=quiet) if cached else None
-        self._grey = {"images_BYX3": np.zeros((1, *self._pixels.shape), np.float32)}  # the mean colour, once normalised
+        # The mean colour, once normalised.
+        self._grey: dict[str, np.ndarray] = {"images_BYX3": np.zeros((1, *self._pixels.shape), np.float32)}
         if self._pixels.geometry == "naflex":
             side = self._pixels.size_YX[0] // self._pixels.patch
             self._grey["grids_B2"] = np.full((1, 2), side, np.int32)
         if cached:
             see = jax.jit(lambda told: model.see(Batch(**told)))
-            self._grey = {**self._grey, "features_BNC": np.asarray(see(self._grey))}
+            self._grey["features_BNC"] = np.asarray(see(self._grey))
             del self._grey["images_BYX3"]
 
         found = [self._can_read(index) for index in range(len(self._prepared))]
