@@ -35,6 +35,7 @@ from tcjax.export.folder import fresh, seal, to_json
 from tcjax.interop import names, tensors
 from tcjax.pipeline.chat import Chat, Template, load_tokenizer
 from tcjax.pipeline.images import normalise
+from tcjax.preprocessor import to_preprocessor
 from tcjax.vlm import Vlm, VlmConfig
 
 STEPS = 8  # of the golden answer
@@ -182,20 +183,7 @@ def _chat_files(building: Path, run: Run, chat: Chat, root: Path, config: VlmCon
     (building / "tokenizer_config.json").write_text(to_json(tokenizer))
     (building / "chat_template.jinja").write_text(_jinja(marks))
     Y, X = config.tower.pixels.size_YX
-    image = {
-        "image_processor_type": "CLIPImageProcessor",
-        "do_convert_rgb": True,
-        "do_resize": True,
-        "size": {"height": Y, "width": X},
-        "resample": 3,
-        "do_center_crop": False,
-        "crop_size": {"height": Y, "width": X},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": list(config.tower.pixels.mean),
-        "image_std": list(config.tower.pixels.std),
-    }
+    image = to_preprocessor(config.tower.pixels)
     processor = {
         "processor_class": "LlavaProcessor",
         "image_token": marks.image,
