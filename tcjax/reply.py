@@ -19,7 +19,7 @@ from tcjax.evaluate.likelihood import Likelihood, make_likelihood
 from tcjax.evaluate.stream import make_stream
 from tcjax.job import load_run, trained
 from tcjax.pipeline import images as pictures
-from tcjax.pipeline.chat import Chat, fitted, load_tokenizer
+from tcjax.pipeline.chat import Composed, fitted, open_chat
 from tcjax.pipeline.pictures import Seen, grey, stacked
 from tcjax.vlm import Vlm, VlmConfig
 
@@ -33,12 +33,6 @@ class Asked(NamedTuple):
     images: tuple[Seen, ...]
 
 
-class Prompt(NamedTuple):
-    ids: list[int]
-    is_image: list[bool]
-    instruction: tuple[int, ...]
-
-
 class Responder:
     """batch: questions answered together. step: of the checkpoint that answers."""
 
@@ -46,13 +40,11 @@ class Responder:
         if not isinstance(run.model, VlmConfig):
             raise ValueError(f"{run.name} trains a {type(run.model).__name__}, which answers no questions; ask a VLM.")
         self.run, self.config, self.size, self.step = run, run.model, batch, step
-        self.chat = Chat(load_tokenizer(root / run.data.tokenizer))
+        self.chat = open_chat(root / run.data.tokenizer, run.data.template)
         self.pixels = model.tower.cfg.pixels
-        if len(self.chat.end_ids) != 1:
-            raise ValueError(f"generation stops at one token, but Template.end is {len(self.chat.end_ids)} tokens.")
-        (self.end,) = self.chat.end_ids
-        self._generate, self._likelihood = make_generate(model, end=self.end), make_likelihood(model)
-        self._stream = make_stream(model, end=self.end)
+        ends = self.chat.stop_ids
+        self._generate, self._likelihood = make_generate(model, end=ends), make_likelihood(model)
+        self._stream = make_stream(model, end=ends)
 
     @classmethod
     def of_folder(cls, out: Path, *, root: Path, batch: int = 16) -> Responder:
@@ -65,15 +57,9 @@ class Responder:
         """The pixels as the tower wants them; CorruptImage names what cannot be read."""
         return pictures.read(encoded, self.pixels, name)
 
-    def prompt(self, question: str, num_images: int = 1) -> Prompt:
-        """Ids up to the assistant mark; every image has Q positions."""
-        ids = self.chat.render_question(question, num_queries=self.config.num_queries * num_images)
-        is_image = [token == self.chat.image_id for token in ids]
-        if sum(is_image) != self.config.num_queries * num_images:
-            raise ValueError(
-                f"{question[:80]!r} holds image marks of its own; images stand before a question, so leave the marks out."
-            )
-        return Prompt(ids, is_image, self.chat.instruction(question) if self.config.reads_text else ())
+    def prompt(self, question: str, num_images: int = 1) -> Composed:
+        """Ids up to the assistant mark; every image has Q positions, and stands where the template or a mark puts it."""
+        return self.chat.ask(question, num_queries=self.config.num_queries, num_images=num_images)
 
     def shape(self, question: str, num_images: int) -> tuple[int, int]:
         """Positions of the padded prompt and slots for images: questions that agree in both go into one batch."""
@@ -96,7 +82,7 @@ class Responder:
         self, asked: Sequence[Asked], choices: Sequence[str], show: Callable[[int], None] = lambda done: None
     ) -> Likelihood:
         """Of every choice after every question: its tokens' log-probabilities summed, [questions, choices]."""
-        ids = [self.chat.encode(choice) for choice in choices]
+        ids = [self.choice_ids(choice) for choice in choices]
         total, greedy = np.zeros((len(asked), len(ids)), np.float32), np.zeros((len(asked), len(ids)), bool)
         for rows, batch in self._batches(asked):
             found = self._likelihood(batch, ids)
@@ -104,11 +90,16 @@ class Responder:
             show(len(rows))
         return Likelihood(total, greedy)
 
+    def choice_ids(self, choice: str) -> tuple[int, ...]:
+        """The ids of an answer as training has them, without the end mark."""
+        ids, end = self.chat.answer_ids(choice), self.chat.end_ids
+        return ids[: len(ids) - len(end)] if ids[len(ids) - len(end) :] == end else ids
+
     def likeliest(
         self, asked: Sequence[Asked], choices: Sequence[str], show: Callable[[int], None] = lambda done: None
     ) -> list[str]:
         """The choice with the largest mean log-probability per token."""
-        lengths = np.array([len(self.chat.encode(choice)) for choice in choices])
+        lengths = np.array([len(self.choice_ids(choice)) for choice in choices])
         best = (self.likelihoods(asked, choices, show).total / lengths).argmax(1)
         return [choices[int(number)] for number in best]
 

@@ -59,6 +59,16 @@ def test_what_is_asked_alone_is_answered_the_same(responder, project):
     assert len(set(together)) > 1
 
 
+def test_a_question_may_have_two_images_in_their_order(responder, project):
+    a, b = (responder.picture((project / f"gqa/images/n{i}.jpg").read_bytes(), "n") for i in (0, 1))
+    asked = [Asked("Same?", (a, b)), Asked("Same?", (b, a)), Asked("Same?", (a,)), Asked("<image> or <image>?", (a, b))]
+    found = responder.likelihoods(asked, ["yes", "no"]).total
+    for row, one in enumerate(asked):
+        np.testing.assert_allclose(found[row], responder.likelihoods([one], ["yes", "no"]).total[0], atol=1e-5)
+    assert np.abs(found[0] - found[1]).max() > 1e-4 and np.abs(found[0] - found[2]).max() > 1e-4
+    assert responder.answers(asked, 3) == [responder.answers([one], 3)[0] for one in asked]
+
+
 def test_a_question_that_was_answered_is_not_asked_again(responder, project, monkeypatch):
     first = ask(responder, project, "vqav2", limit=3, max_tokens=2)
     asked = []

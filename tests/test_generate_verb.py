@@ -56,7 +56,7 @@ def test_questions_are_read_at_a_terminal_until_an_empty_line(project, capsys, m
         (["generate", "{root}/run", "{root}/cat.jpg"], "no such image file: {root}/cat.jpg"),
         (["generate", "{root}/run", "{root}/broken.jpg", "what?"], "broken.jpg' cannot be read"),
         (["generate", "{root}/run", "{root}/dog.jpg"], "no question: tcjax generate RUN image.jpg"),
-        (["generate", "{root}/run", "a <image> b"], "holds image marks of its own"),
+        (["generate", "{root}/run", "a <image> b"], "has 1 <image> marks and 0 images"),
         (["generate", "{root}/run", "what?", "--max-tokens", "0"], "--max-tokens 0: takes a whole number from 1 up"),
         (
             ["evaluate", "{root}/run", "--benchmark", "vqa", "--files", "{root}"],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,8 +15,9 @@ from tcjax.evaluate.generate import prefill
 from tcjax.vlm import Vlm
 
 
-def make_stream(model: Vlm, *, end: int) -> Callable[[Batch, int], Iterator[int]]:
-    """`stream(prompt, steps)` yields the greedy ids of a batch of one, up to the end mark, which is not yielded."""
+def make_stream(model: Vlm, *, end: int | Sequence[int]) -> Callable[[Batch, int], Iterator[int]]:
+    """`stream(prompt, steps)` yields the greedy ids of a batch of one, up to an end mark, which is not yielded."""
+    ends = (end,) if isinstance(end, int) else tuple(end)
     graphdef, state = nnx.split(model)
 
     @partial(jax.jit, static_argnames="room")
@@ -33,7 +34,7 @@ def make_stream(model: Vlm, *, end: int) -> Callable[[Batch, int], Iterator[int]
     def stream(batch: Batch, steps: int) -> Iterator[int]:
         last_B, cache = begin(state, batch, steps)
         for step in range(steps):
-            if int(last_B[0]) == end:
+            if int(last_B[0]) in ends:
                 return
             yield int(last_B[0])
             if step + 1 < steps:
