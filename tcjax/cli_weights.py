@@ -66,7 +66,7 @@ def export_weights(arguments: list[str]) -> int:
         return 0
     if asked.out is None:
         raise ValueError("--out DIR says where the export goes; `--targets` only lists what it can be.")
-    model, identity, _ = trained(run, root=root, out=asked.run)
+    model, identity, _ = trained(run, root=root, out=asked.run, frozen="float32")
     study, _ = rows.read(asked.run.resolve().parent)
     print(export_run(asked.to, run, model, identity, out=asked.out, root=root, rows=study))
     return 0

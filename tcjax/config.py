@@ -81,6 +81,8 @@ class TrainConfig:
     trainable: first names of the module paths that learn; all else is structurally frozen.
     warmup: share of the steps. accumulate: microbatches per step; their sum is one step over the global batch.
     compute: "float32" or "bfloat16"; master weights, moments and the loss stay float32.
+    frozen: how the weights of a frozen tower and LLM lie in memory. "float32"; "bfloat16"; or "int8" and "nf4", the kernels
+        of their blocks in 8 or 4 bits and the rest in bfloat16 (`pip install tcjax[quantised]`).
     weights: safetensors to start the trainable parts from, {part: path}; parts not named start from the seed. A
         compressor also starts from its artifact's folder, such as `tcjax import` writes.
     feature_cache: store the frozen tower's tokens once and share them between runs.
@@ -99,6 +101,7 @@ class TrainConfig:
     seed: int = 0
     accumulate: int = 1
     compute: str = "float32"
+    frozen: str = "float32"
     weights: dict[str, str] = field(default_factory=dict)
     feature_cache: bool = False
     save_every: int = 500

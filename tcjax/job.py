@@ -29,6 +29,7 @@ from tcjax.config import Run, Source
 from tcjax.evaluate.cost import training_flops
 from tcjax.interop import names
 from tcjax.interop.mismatch import mismatch
+from tcjax.nn.quantised import kind_of
 from tcjax.pipeline import images
 from tcjax.pipeline.images import CorruptImage
 from tcjax.pipeline.input import make_input
@@ -61,7 +62,7 @@ def load_run(out: Path) -> Run:
 def train_run(run: Run, *, root: Path, out: Path, quiet: bool = False) -> Outcome:
     """Train a run in its folder `out`, resuming if it holds checkpoints. With 0 steps the model is the one assembled."""
     config: Any = run.model
-    model, identity = assemble(config, root=root, seed=run.train.seed, start=run.train.weights)
+    model, identity = _assembled(run, root)
     features = None
     if run.train.feature_cache:
         features = tuple(
@@ -107,6 +108,9 @@ def tower_features(
         "dataset": fingerprint(source, root),
         "images": len(prepared),
     }
+    kind = kind_of(nnx.state(model.tower))
+    if kind != "float32":
+        facts["frozen"] = kind
     columns = (*Progress.get_default_columns()[:3], TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, disable=quiet, transient=True, console=Console(stderr=True)) as bar:
         task = bar.add_task(f"features of {source.path} {source.split}", total=len(prepared))
@@ -120,12 +124,27 @@ def tower_features(
         )
 
 
-def trained(run: Run, *, root: Path, out: Path) -> tuple[nnx.Module, dict[str, Any], int]:
+def _assembled(run: Run, root: Path, frozen: str | None = None) -> tuple[Any, dict[str, Any]]:
+    return assemble(
+        run.model,
+        root=root,
+        seed=run.train.seed,
+        start=run.train.weights,
+        mesh=make_mesh(run.mesh),
+        trainable=run.train.trainable,
+        frozen=frozen or run.train.frozen,
+    )
+
+
+def trained(run: Run, *, root: Path, out: Path, frozen: str | None = None) -> tuple[nnx.Module, dict[str, Any], int]:
     """The model with the newest checkpoint of `out` in it, its identity, and the checkpoint's step.
 
     A run of 0 steps has no checkpoint and is the model as it was assembled.
+
+    Args:
+        frozen: how the frozen weights shall lie in memory; None is as in training. What is exported is read as "float32".
     """
-    model, identity = assemble(run.model, root=root, seed=run.train.seed, start=run.train.weights)
+    model, identity = _assembled(run, root, frozen)
     if run.train.steps == 0:
         return model, identity, 0
     mesh = make_mesh(run.mesh)

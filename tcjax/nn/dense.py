@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.nn import initializers
 
+from tcjax.nn.quantised import Quantised
+
 small_normal = initializers.normal(0.02)  # embeddings; the resamplers' trunc_normal_(.02) is this too
 # N(0, 1/fan_in). Llama's and CLIP's 0.02 is this at width 2500; at width 100 it would start every attention uniform.
 fan_in_normal = initializers.variance_scaling(1.0, "fan_in", "normal")
@@ -26,7 +28,7 @@ def dense(
     rngs: nnx.Rngs,
 ) -> nnx.Linear:
     """y = x @ kernel + bias with float32 parameters; `axes` names the kernel's letters, e.g. "CD"."""
-    return nnx.Linear(
+    return Dense(
         num_in,
         num_out,
         use_bias=bias,
@@ -36,6 +38,22 @@ def dense(
         dot_general=_dot_general,
         rngs=rngs,
     )
+
+
+class Dense(nnx.Linear):
+    """nnx.Linear whose kernel may also be `Quantised`, where it is frozen."""
+
+    def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
+        kernel = self.kernel.get_value()
+        if not isinstance(kernel, Quantised):
+            return super().__call__(inputs, out_sharding)
+        y = _times(inputs, kernel)
+        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+
+
+@jax.checkpoint  # what is kept for the backward pass are the codes, not the floats made of them
+def _times(x: jax.Array, kernel: Quantised) -> jax.Array:
+    return rows(x, kernel.whole(x.dtype))
 
 
 def rows(x: jax.Array, kernel: jax.Array, **options: Any) -> jax.Array:

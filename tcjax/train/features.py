@@ -20,6 +20,7 @@ import numpy as np
 from flax import nnx
 
 from tcjax.record import write_json
+from tcjax.sharding import spread
 
 BATCH = 64
 
@@ -55,7 +56,8 @@ def cached_features(
     done = json.loads(progress.read_text())["rows"] if progress.exists() and path.exists() else 0
     if done < num:
         graphdef, state = nnx.split(tower)
-        run = jax.jit(lambda state, images_BYX3: nnx.merge(graphdef, state)(images_BYX3))
+        rows, whole = spread(state, BATCH)
+        run = jax.jit(lambda state, images_BYX3: nnx.merge(graphdef, state)(images_BYX3), out_shardings=whole)
         blank = next((image for image in map(read, range(num)) if image is not None), None)
         if blank is None:
             raise ValueError(f"none of the {num} images can be read; run `tcjax data verify`.")
@@ -67,9 +69,9 @@ def cached_features(
         for start in range(done, num, BATCH):
             images = [read(i) for i in range(start, min(start + BATCH, num))]
             filled = [blank if image is None else image for image in images] + [blank] * (BATCH - len(images))
-            rows = np.array(run(state, np.stack(filled)))[: len(images)]
-            rows[[image is None for image in images]] = np.nan
-            tokens[start : start + len(images)] = rows
+            found = np.array(run(state, jax.device_put(np.stack(filled), rows)))[: len(images)]
+            found[[image is None for image in images]] = np.nan
+            tokens[start : start + len(images)] = found
             tokens.flush()
             write_json(progress, {"rows": start + len(images)})
             show(start + len(images), num)

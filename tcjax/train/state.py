@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from tcjax.nn.quantised import is_quantised
+
 COMPUTE = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -37,8 +39,12 @@ def init(trainable: Any, optimiser: optax.GradientTransformation) -> State:
 
 
 def cast(tree: Any, dtype: Any) -> Any:
-    """Floating leaves in `dtype`, the rest as it is."""
-    return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
+    """Floating leaves in `dtype`, the rest as it is, quantised weights with their scales too."""
+
+    def one(x: Any) -> Any:
+        return x if is_quantised(x) or not jnp.issubdtype(x.dtype, jnp.floating) else x.astype(dtype)
+
+    return jax.tree.map(one, tree, is_leaf=is_quantised)
 
 
 def compute_dtype(name: str) -> Any:
@@ -48,4 +54,4 @@ def compute_dtype(name: str) -> Any:
 
 
 def num_parameters(tree: Any) -> int:
-    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+    return sum(leaf.size for leaf in jax.tree.leaves(tree, is_leaf=is_quantised))
