@@ -164,7 +164,8 @@ def _quantised(kernel: jax.Array, axes: str, kind: str, mesh: Mesh) -> quantised
     quantise = partial(quantised.quantise, kind=kind)
     where = jax.tree.map(lambda x: NamedSharding(mesh, spec(axes, x.shape, mesh)), jax.eval_shape(quantise, kernel))
     made = jax.jit(quantise, out_shardings=where)(kernel)
-    return replace(made, gathered=gathered(axes[1:], made.codes.shape[1:], mesh))
+    codes, scale = (gathered(axes[1:], array.shape[1:], mesh) for array in (made.codes, made.scale))
+    return replace(made, gathered=(codes, scale))
 
 
 def _hash(path: Path, root: Path) -> str:

@@ -29,13 +29,13 @@ class Quantised:
     """What a Variable holds instead of an array [..., in, out].
 
     codes: int8 [..., in, out], or for nf4 uint8 [..., in / 2, out]. scale: float32 [..., tiles, out].
-    kind: one of TYPES. gathered: how the codes of one layer lie where they are used; None leaves it to XLA.
+    kind: one of TYPES. gathered: how codes and scale of one layer lie where they are used; None leaves it to XLA.
     """
 
     codes: jax.Array
     scale: jax.Array
     kind: str
-    gathered: jax.sharding.Sharding | None = None
+    gathered: tuple[jax.sharding.Sharding, jax.sharding.Sharding] | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -49,12 +49,12 @@ class Quantised:
 
     def whole(self, dtype: Any) -> jax.Array:
         """The array that it stands for, on every device that needs it."""
-        qwix, codes = _qwix(), self.codes
+        qwix, codes, scale = _qwix(), self.codes, self.scale
         if self.gathered is not None:
-            codes = jax.lax.with_sharding_constraint(codes, self.gathered)
+            codes, scale = jax.lax.with_sharding_constraint((codes, scale), self.gathered)
         if self.kind == "nf4":
             codes = jnp.stack([codes & 15, codes >> 4], axis=-2).reshape(self.shape).astype(jnp.uint4)
-        return qwix.dequantize(qwix.QArray(codes, self.scale, qtype=_qtype(self.kind))).astype(dtype)
+        return qwix.dequantize(qwix.QArray(codes, scale, qtype=_qtype(self.kind))).astype(dtype)
 
     def __array__(self, *_: Any, **__: Any) -> Any:
         raise ValueError(
