@@ -10,25 +10,31 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import jax
 from flax import nnx
 
 from tcjax.compressors.base import CompressorConfig
+from tcjax.config import LoraConfig
 from tcjax.interop import artifact, names, tensors
 from tcjax.llms import decoder
-from tcjax.llms.decoder import LlmConfig
+from tcjax.llms.decoder import Decoder, LlmConfig
+from tcjax.nn import lora as low_rank
 from tcjax.record import IS, to_dict
 from tcjax.towers import vit
 from tcjax.towers.vit import VitConfig
 
+_LORA = 0x10A  # LoRA's own draws, whatever else the seed was used for
+
 
 def assemble(
-    config: Any, *, root: Path, seed: int = 0, start: dict[str, str] | None = None
+    config: Any, *, root: Path, seed: int = 0, start: dict[str, str] | None = None, lora: LoraConfig | None = None
 ) -> tuple[nnx.Module, dict[str, Any]]:
     """Build `config`, fill in the weights, and say who it is.
 
     Args:
         config: of a model whose tower, llm and compressor are fields of the same names (any may be missing).
         start: {part: where to begin training from}, safetensors under our leaf paths or a compressor's artifact.
+        lora: updates to attach to the LLM once it has its weights.
 
     Returns:
         The model and its identity {fact: value}: every field of the config, and the content hash of each weights file.
@@ -59,7 +65,22 @@ def assemble(
         else:
             arrays = names.matching(tensors.load(root / path), names.shapes(module))
         names.assign(module, arrays)
+    if lora is not None:
+        attach_lora(model, lora, seed)
     return model, identity
+
+
+def attach_lora(model: nnx.Module, config: LoraConfig, seed: int = 0) -> None:
+    """Updates of low rank beside the layers of the model's LLM, in place; they change nothing before they learn.
+
+    Raises:
+        ValueError: the model has no LLM, or a target is none of its layers.
+    """
+    llm = getattr(model, "llm", None)
+    if not isinstance(llm, Decoder):
+        raise ValueError(f"train.lora adds to an LLM, and {type(model).__name__} has none.")
+    rngs = nnx.Rngs(jax.random.fold_in(jax.random.key(seed), _LORA))
+    low_rank.attach(llm.blocks, (llm.cfg.layers,), config, rngs)
 
 
 def _from_artifact(folder: Path, module: nnx.Module, wanted: Any, widths: Any) -> names.Arrays:

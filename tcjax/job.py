@@ -23,7 +23,7 @@ from flax import nnx
 from rich.console import Console
 from rich.progress import Progress, TimeElapsedColumn, TimeRemainingColumn
 
-from tcjax.assemble import assemble
+from tcjax.assemble import assemble, attach_lora
 from tcjax.compressors.base import CompressorConfig
 from tcjax.config import Run, Source
 from tcjax.evaluate.cost import training_flops
@@ -61,7 +61,7 @@ def load_run(out: Path) -> Run:
 def train_run(run: Run, *, root: Path, out: Path, quiet: bool = False) -> Outcome:
     """Train a run in its folder `out`, resuming if it holds checkpoints. With 0 steps the model is the one assembled."""
     config: Any = run.model
-    model, identity = assemble(config, root=root, seed=run.train.seed, start=run.train.weights)
+    model, identity = assemble(config, root=root, seed=run.train.seed, start=run.train.weights, lora=run.train.lora)
     features = None
     if run.train.feature_cache:
         features = tuple(
@@ -125,7 +125,7 @@ def trained(run: Run, *, root: Path, out: Path) -> tuple[nnx.Module, dict[str, A
 
     A run of 0 steps has no checkpoint and is the model as it was assembled.
     """
-    model, identity = assemble(run.model, root=root, seed=run.train.seed, start=run.train.weights)
+    model, identity = assemble(run.model, root=root, seed=run.train.seed, start=run.train.weights, lora=run.train.lora)
     if run.train.steps == 0:
         return model, identity, 0
     mesh = make_mesh(run.mesh)
@@ -148,7 +148,14 @@ def at(run: Run, model: nnx.Module, num_queries: int) -> tuple[Run, Vlm]:
     config = run.model
     assert isinstance(config, VlmConfig) and isinstance(config.compressor, CompressorConfig)
     smaller = replace(config, compressor=config.compressor.at(num_queries))
-    abstract = nnx.eval_shape(lambda: smaller.build(nnx.Rngs(0)))
+
+    def build() -> Vlm:
+        built = smaller.build(nnx.Rngs(0))
+        if run.train.lora is not None:
+            attach_lora(built, run.train.lora)
+        return built
+
+    abstract = nnx.eval_shape(build)
     different = mismatch(names.shapes(model), names.shapes(abstract), "leaves")
     if different is not None:
         raise ValueError(
@@ -174,5 +181,9 @@ def _flops(run: Run) -> Callable[[int], float]:
     config = run.model
     if not isinstance(config, VlmConfig):
         return lambda positions: 0.0
-    trainable, cached, Q = run.train.trainable, run.train.feature_cache, config.num_queries
-    return lru_cache(lambda positions: training_flops(config, positions - Q, trainable, cached_features=cached))
+    how, Q = run.train, config.num_queries
+    return lru_cache(
+        lambda positions: training_flops(
+            config, positions - Q, how.trainable, lora=how.lora, cached_features=how.feature_cache
+        )
+    )

@@ -16,6 +16,17 @@ fan_in_normal = initializers.variance_scaling(1.0, "fan_in", "normal")
 torch_uniform = initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
+class Dense(nnx.Linear):
+    """y = x @ kernel + bias, and what an attached update adds (tcjax.nn.lora). axes: of the kernel, without a stack's L."""
+
+    axes: str
+    lora: Any = None
+
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        out = super().__call__(inputs)
+        return out if self.lora is None else out + self.lora(inputs)
+
+
 def dense(
     axes: str,
     num_in: int,
@@ -24,9 +35,9 @@ def dense(
     bias: bool = True,
     init: jax.nn.initializers.Initializer = fan_in_normal,
     rngs: nnx.Rngs,
-) -> nnx.Linear:
+) -> Dense:
     """y = x @ kernel + bias with float32 parameters; `axes` names the kernel's letters, e.g. "CD"."""
-    return nnx.Linear(
+    layer = Dense(
         num_in,
         num_out,
         use_bias=bias,
@@ -36,6 +47,8 @@ def dense(
         dot_general=_dot_general,
         rngs=rngs,
     )
+    layer.axes = axes
+    return layer
 
 
 def rows(x: jax.Array, kernel: jax.Array, **options: Any) -> jax.Array:
