@@ -42,7 +42,7 @@ def assemble(
     Raises:
         ValueError: a file is missing, cut short, or does not fit (every name and shape that differs is listed).
     """
-    model = config.build(nnx.Rngs(seed))
+    model = build(config, seed)
     identity = {f"model.{fact}": value for fact, value in _flat(to_dict(config)) if not fact.endswith("weights")}
     for part in ("tower", "llm"):
         part_config = getattr(config, part, None)
@@ -66,11 +66,19 @@ def assemble(
             arrays = names.matching(tensors.load(root / path), names.shapes(module))
         names.assign(module, arrays)
     if lora is not None:
-        attach_lora(model, lora, seed)
+        _attach(model, lora, seed)
     return model, identity
 
 
-def attach_lora(model: nnx.Module, config: LoraConfig, seed: int = 0) -> None:
+def build(config: Any, seed: int = 0, lora: LoraConfig | None = None) -> nnx.Module:
+    """The model with first weights from the seed; also what nnx.eval_shape builds abstractly."""
+    model = config.build(nnx.Rngs(seed))
+    if lora is not None:
+        _attach(model, lora, seed)
+    return model
+
+
+def _attach(model: nnx.Module, config: LoraConfig, seed: int) -> None:
     """Updates of low rank beside the layers of the model's LLM, in place; they change nothing before they learn.
 
     Raises:

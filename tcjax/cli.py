@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import os
 import sys
@@ -131,6 +132,9 @@ def _usage() -> str:
     return "\n".join(lines + [f"  {name:<12}{texts[name]}" for name in VERBS] + ["", "tcjax VERB --help says more."])
 
 
+_DRY = "--dry-run: parameters, memory, FLOPs, steps and the first sample, without loading or running anything."
+
+
 def _train(arguments: list[str]) -> int:
     from tcjax import content
 
@@ -140,20 +144,37 @@ def _train(arguments: list[str]) -> int:
         )
         print("configs/boards.py; `tcjax train CONFIG --help` lists every field with its default.")
         return 0 if arguments[:1] in (["-h"], ["--help"]) else 2
-    default, root = content.call(arguments[0])
+    config, root = content.find(arguments[0])
+    default = config()
     run_type = type(default)
     form = dataclasses.make_dataclass(
         "train",
-        [("run", Annotated[run_type, tyro.conf.arg(name="")]), ("out", Path | None), ("quiet", bool)],
-        namespace={"__doc__": f"Train {default.name}; any field can be given."},
+        [
+            ("run", Annotated[run_type, tyro.conf.arg(name="")]),
+            ("out", Path | None),
+            ("dry_run", bool),
+            ("json", bool),
+            ("quiet", bool),
+        ],
+        namespace={"__doc__": f"Train {default.name}; any field can be given. {_DRY}"},
     )
     asked: Any = tyro.cli(
         form,
         args=arguments[1:],
-        default=form(default, None, False),
+        default=form(default, None, False, False, False),
         prog=f"tcjax train {arguments[0]}",
         config=(tyro.conf.AvoidSubcommands,),
     )
+
+    if asked.dry_run:
+        from tcjax.dry_run import dry_run, show
+
+        figures = dry_run(asked.run, root=root)
+        if asked.json:
+            print(json.dumps(figures, indent=1))
+        else:
+            show(asked.run, figures, about=inspect.getdoc(config) or "")
+        return 0
 
     from tcjax.job import train_run
 

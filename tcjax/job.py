@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from flax import nnx
 from rich.console import Console
 from rich.progress import Progress, TimeElapsedColumn, TimeRemainingColumn
 
-from tcjax.assemble import assemble, attach_lora
+from tcjax.assemble import assemble, build
 from tcjax.compressors.base import CompressorConfig
 from tcjax.config import Run, Source
 from tcjax.evaluate.cost import training_flops
@@ -148,14 +147,7 @@ def at(run: Run, model: nnx.Module, num_queries: int) -> tuple[Run, Vlm]:
     config = run.model
     assert isinstance(config, VlmConfig) and isinstance(config.compressor, CompressorConfig)
     smaller = replace(config, compressor=config.compressor.at(num_queries))
-
-    def build() -> Vlm:
-        built = smaller.build(nnx.Rngs(0))
-        if run.train.lora is not None:
-            attach_lora(built, run.train.lora)
-        return built
-
-    abstract = nnx.eval_shape(build)
+    abstract = nnx.eval_shape(lambda: build(smaller, lora=run.train.lora))
     different = mismatch(names.shapes(model), names.shapes(abstract), "leaves")
     if different is not None:
         raise ValueError(
@@ -176,14 +168,17 @@ def identify(run: Run, model_identity: dict[str, Any]) -> dict[str, Any]:
     return model_identity | data | train
 
 
-def _flops(run: Run) -> Callable[[int], float]:
-    """Useful FLOPs of one sample's step by its positions; 0 where the cost is not known analytically."""
+def _flops(run: Run) -> Callable[[int, int], float]:
+    """Useful FLOPs of one sample's step by its positions and supervised tokens; 0 where no formula is known."""
     config = run.model
     if not isinstance(config, VlmConfig):
-        return lambda positions: 0.0
+        return lambda positions, supervised: 0.0
     how, Q = run.train, config.num_queries
-    return lru_cache(
-        lambda positions: training_flops(
-            config, positions - Q, how.trainable, lora=how.lora, cached_features=how.feature_cache
-        )
+    return lambda positions, supervised: training_flops(
+        config,
+        positions - Q,
+        how.trainable,
+        lora=how.lora,
+        supervised=supervised,
+        cached_features=how.feature_cache,
     )

@@ -133,8 +133,8 @@ class Vlm(nnx.Module):
 
     def _terms(self, batch: Batch, context: Context) -> loss.Terms:
         seq_BSD, valid_BS = self.embed(batch, context)
-        logits_BSV = self.llm.logits(self.llm(seq_BSD, valid_BS, batch.segment_BS))
-        return loss.next_token(logits_BSV, batch.tokens_BS, batch.supervised_BS)
+        hidden_BSD = self.llm(seq_BSD, valid_BS, batch.segment_BS)
+        return loss.next_token(hidden_BSD, self.llm.table_VD, batch.tokens_BS, batch.supervised_BS)
 
 
 def splice(

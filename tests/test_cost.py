@@ -23,6 +23,7 @@ from tcjax.evaluate.cost import (
 )
 from tcjax.evaluate.flops import matmul_flops
 from tcjax.llms.decoder import LlmConfig
+from tcjax.loss import cross_entropy
 from tcjax.towers.vit import VitConfig
 from tcjax.vlm import VlmConfig
 
@@ -211,8 +212,9 @@ def test_training_flops_are_what_the_gradient_multiplies(trainable):
     )
 
     def mean_loss(parts, rest):
-        terms = nnx.merge(graphdef, parts, rest).loss_terms(batch)
-        return terms.total / terms.count
+        model = nnx.merge(graphdef, parts, rest)
+        logits = model.llm.logits(model.llm(*model.embed(batch)))
+        return cross_entropy(logits[:, :-1], batch.tokens_BS[:, 1:], batch.supervised_BS[:, 1:]).total
 
     counted = matmul_flops(jax.grad(mean_loss), parts, rest)
     skipped = llm_flops(LLM, S).attention * 3 // 8 * 3
@@ -228,6 +230,7 @@ def test_training_flops_know_frozen_parts():
     assert training_flops(VLM, 12, ("tower", "compressor", "llm")) - alone == (
         2 * tower_flops(TOWER).total + llm_flops(LLM, 16).weights + head_flops(LLM, 16)
     )
+    assert alone - training_flops(VLM, 12, supervised=5) == 2 * head_flops(LLM, 16 - 5), "forward and to the input"
     with pytest.raises(ValueError, match=r"names \['projector'\]; the parts are \['tower', 'compressor', 'llm'\]"):
         training_flops(VLM, 12, ("projector",))
 

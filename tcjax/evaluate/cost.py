@@ -19,6 +19,7 @@ Attention has two moving sides: three times its forward wherever the gradient pa
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import NamedTuple
 
 import jax
@@ -113,6 +114,7 @@ def tower_flops(tower: VitConfig) -> Flops:
     return Flops(embedding + blocks, 2 * L * 2 * S**2 * C)
 
 
+@cache
 def compressor_flops(config: CompressorConfig, widths: Widths) -> int:
     """One image through the compressor, built abstractly: no weights, whatever the size."""
     graphdef, state = nnx.split(nnx.eval_shape(lambda: config.build(widths, nnx.Rngs(0))))
@@ -146,6 +148,7 @@ def training_flops(
     trainable: Sequence[str] = ("compressor",),
     *,
     lora: LoraConfig | None = None,
+    supervised: int | None = None,
     cached_features: bool = False,
 ) -> int:
     """Useful FLOPs of one sample's step: what the mathematics needs, nothing recomputed, no padding.
@@ -153,18 +156,20 @@ def training_flops(
     Args:
         text_tokens: all positions that are not visual.
         trainable: parts that learn, as in `TrainConfig.trainable`. lora: as in `TrainConfig.lora`.
+        supervised: positions that meet the vocabulary; None is all of them, visual ones too.
         cached_features: the tower's tokens come from the feature cache, so the tower costs nothing.
     """
     compressor: CompressorConfig = config.compressor  # pyright: ignore[reportAssignmentType]
     sequences = [Q + text_tokens for Q in config.averaged_over or (config.num_queries,)]
     each = [llm_flops(config.llm, S) for S in sequences]
+    asked = sum(sequences) if supervised is None else len(sequences) * supervised
     blocks = Flops(sum(flops.weights for flops in each), sum(flops.attention for flops in each))
     # The compressor's few attention FLOPs count as weights: it nearly always learns, and then both weigh 3.
     parts = {
         "tower": Flops(0, 0) if cached_features else tower_flops(config.seen),
         "compressor": Flops(compressor_flops(compressor, config.widths), 0),
         **({PART: Flops(lora_flops(config.llm, lora, sum(sequences)), 0)} if lora else {}),  # inside the LLM
-        "llm": Flops(blocks.weights + head_flops(config.llm, sum(sequences)), blocks.attention),
+        "llm": Flops(blocks.weights + head_flops(config.llm, asked), blocks.attention),
     }
     unknown = sorted(set(trainable) - set(parts))
     if unknown:

@@ -118,8 +118,12 @@ class Decoder(nnx.Module):
 
     def logits(self, hidden_BSD: jax.Array) -> jax.Array:
         """logits_BSV in float32, before any softmax."""
-        table_VD = self.embedding[...] if self.cfg.tie else self.head[...]
-        return jnp.einsum("BSD,VD->BSV", hidden_BSD, table_VD, preferred_element_type=jnp.float32)
+        return jnp.einsum("BSD,VD->BSV", hidden_BSD, self.table_VD, preferred_element_type=jnp.float32)
+
+    @property
+    def table_VD(self) -> jax.Array:
+        """The head's rows: hidden_BSD @ table_VD.T are the logits."""
+        return self.embedding[...] if self.cfg.tie else self.head[...]
 
     def prefill(self, seq_BSD: jax.Array, valid_BS: jax.Array | None, room: int) -> tuple[jax.Array, Cache]:
         """hidden_BSD of a whole prompt, padded on the left, and a cache with `room` more positions (M = S + room)."""

@@ -66,7 +66,7 @@ def train(
     root: Path,
     out: Path,
     identity: dict,
-    flops: Callable[[int], float] = lambda positions: 0.0,
+    flops: Callable[[int, int], float] = lambda positions, supervised: 0.0,
     quiet: bool = False,
 ) -> Outcome:
     """Train `run.train.trainable` of `model` for `run.train.steps` steps, from the newest checkpoint in `out` if there is one.
@@ -75,7 +75,8 @@ def train(
         root: project root, for the commit in env.json.
         out: the run's folder.
         identity: facts a checkpoint must agree with (model config, hashes of frozen weights).
-        flops: useful floating-point operations of one sample's step by its positions, padding left out, for the logged rate.
+        flops: useful floating-point operations of one sample's step by its positions, padding left out, and its supervised
+            tokens, for the logged rate.
 
     Raises:
         Stopped: after SIGTERM or SIGINT, the current step saved.
@@ -175,7 +176,7 @@ def train(
 class _Window:
     """Counts since the last logged line."""
 
-    def __init__(self, flops: Callable[[int], float]):
+    def __init__(self, flops: Callable[[int, int], float]):
         self._flops = flops
         self._restart()
 
@@ -196,7 +197,8 @@ class _Window:
     def rates(self) -> dict[str, float]:
         """images and supervised tokens per second, share of the time spent waiting for the host, useful FLOP/s."""
         seconds, processes = max(time.perf_counter() - self.started, 1e-9), jax.process_count()
-        flops = self._flops(round(self.positions / max(self.images, 1)))
+        samples = max(self.images, 1)
+        flops = self._flops(round(self.positions / samples), round(self.tokens / (processes * samples)))
         line = {
             "images_per_second": processes * self.images / seconds,
             "supervised_tokens_per_second": self.tokens / seconds,
