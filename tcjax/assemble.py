@@ -7,6 +7,7 @@ the seed.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ from flax import nnx
 
 from tcjax.compressors.base import CompressorConfig
 from tcjax.config import LoraConfig
-from tcjax.interop import artifact, names, tensors
-from tcjax.llms import decoder
+from tcjax.interop import artifact, names, prefixes, tensors
+from tcjax.llms import decoder, published
 from tcjax.llms.decoder import Decoder, LlmConfig
 from tcjax.nn import lora as low_rank
 from tcjax.record import IS, to_dict
@@ -52,8 +53,9 @@ def assemble(
             arrays = tensors.load(path)
             module = getattr(model, part)
             table, ignored = published_names(part_config)
-            names.assign(module, names.from_torch(arrays, table, names.shapes(module), ignore=ignored))
             identity[f"{part}.weights"] = tensors.content_hash(arrays)
+            arrays = {ours: arrays[there] for ours, there in places(part_config, arrays).items()}
+            names.assign(module, names.from_torch(arrays, table, names.shapes(module), ignore=ignored))
         elif part_config is not None:
             identity[f"{part}.weights"] = f"random from seed {seed}"
     for part, path in (start or {}).items():
@@ -70,7 +72,7 @@ def assemble(
     return model, identity
 
 
-def build(config: Any, seed: int = 0, lora: LoraConfig | None = None) -> nnx.Module:
+def build(config: Any, seed: int = 0, lora: LoraConfig | None = None) -> Any:
     """The model with first weights from the seed; also what nnx.eval_shape builds abstractly."""
     model = config.build(nnx.Rngs(seed))
     if lora is not None:
@@ -107,6 +109,14 @@ def published_names(part_config: Any) -> tuple[list[names.Name], list[str]]:
     """The NAMES table of a tower or an LLM, and patterns of the published tensors it has no use for."""
     room = {VitConfig: vit, LlmConfig: decoder}[type(part_config)]
     return room.names(part_config), room.ignore(part_config)
+
+
+def places(part_config: Any, found: Collection[str]) -> dict[str, str]:
+    """{published name: name on disk} of a tower's or an LLM's tensors among these; ValueError if the part is not there."""
+    if isinstance(part_config, LlmConfig):
+        where = f"an LLM in {part_config.weights}"
+        return prefixes.places(found, published.LAYOUTS, published.SIGN, where)
+    return {name: name for name in found}
 
 
 def _flat(value: Any, path: str = "") -> list[tuple[str, Any]]:
