@@ -112,6 +112,6 @@ def go(out: Path, run: Run | None = None, *, batches=None, identity=IDENTITY, mo
         root=Path(__file__).parents[1],
         out=out,
         identity=identity,
-        flops=lambda positions: 1e3 * positions,
+        flops=lambda positions, supervised: 1e3 * positions,
         quiet=True,
     )
