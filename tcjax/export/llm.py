@@ -3,9 +3,11 @@
     config.json                         the published one's fields if the run has its folder, ours over them
     model-00001-of-0000N.safetensors    published names, the leaves' own types; model.safetensors.index.json names the shards
     tokenizer files                     as they lie beside the weights that the run began from
+    golden.safetensors, verify.py       logits of the model as it was trained, LoRA beside it, and who compares them
 
 AutoModelForCausalLM.from_pretrained(folder) computes what was trained, and so does `llm(folder)` of a config here. One leaf
-is on the host at a time, so the peak is about three shards, not the model.
+is on the host at a time, so writing takes about three shards, not the model; with transformers installed, verify.py loads it
+once, in float32, before the folder gets its name.
 """
 
 from __future__ import annotations
@@ -16,14 +18,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from tcjax.assemble import published_names
 from tcjax.config import Run
-from tcjax.export import origin
+from tcjax.export import hf_folder, origin
 from tcjax.export.artifact import finite
-from tcjax.export.certificate import versions
+from tcjax.export.certificate import reference_device, versions
 from tcjax.export.folder import fresh, seal, to_json
 from tcjax.interop import names, tensors
 from tcjax.llms import published
@@ -78,8 +82,11 @@ def export(
         for pattern in _BESIDE if begun else ():
             for path in sorted(begun.glob(pattern)):  # pyright: ignore[reportOptionalMemberAccess]
                 shutil.copyfile(path, building / path.name)
+        tensors.save(building / "golden.safetensors", _golden(llm))
+        (building / "verify.py").write_text((hf_folder.TEMPLATES / "verify.py").read_text())
         facts = {"provenance": origin.provenance(run, identity, root), "versions": versions()}
-        seal(building, KIND, facts | {"lora_merged": run.train.lora is not None})
+        facts |= {"parity": hf_folder.certify(building), "lora_merged": run.train.lora is not None}
+        seal(building, KIND, facts)
     return out
 
 
@@ -95,7 +102,7 @@ def published_tensors(llm: Decoder) -> Iterator[names.Arrays]:
 
 
 def _write(building: Path, llm: Decoder, limit: int) -> None:
-    """Shards and their index, or one file."""
+    """Shards and their index, even of one: other files of the folder are safetensors, too."""
     waiting: names.Arrays = {}
     shards: list[list[str]] = []
     total = 0
@@ -112,9 +119,6 @@ def _write(building: Path, llm: Decoder, limit: int) -> None:
             waiting[key] = array
             total += array.nbytes
     write()
-    if len(shards) == 1:
-        (building / "0.safetensors").rename(building / "model.safetensors")
-        return
     places = {}
     for number, keys in enumerate(shards):
         name = f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
@@ -122,6 +126,20 @@ def _write(building: Path, llm: Decoder, limit: int) -> None:
         places |= dict.fromkeys(keys, name)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
     (building / tensors.INDEX).write_text(to_json(index))
+
+
+def _golden(llm: Decoder) -> names.Arrays:
+    """What the trained model answers in float32: input_ids [2, 16], logits [2, 16, V]."""
+    ids_BS = np.random.RandomState(0).randint(0, llm.cfg.vocab, (2, 16))
+    graphdef, state = nnx.split(llm)
+
+    @jax.jit
+    def answer(state: Any) -> jax.Array:
+        llm: Decoder = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf.astype(jnp.float32), state))
+        return llm.logits(llm(llm.embed(jnp.asarray(ids_BS))))
+
+    with jax.default_device(reference_device()), jax.default_matmul_precision("highest"):
+        return {"input_ids": ids_BS.astype(np.int64), "logits": np.asarray(answer(state))}
 
 
 def _begun_config(folder: Path) -> dict[str, Any]:
