@@ -7,7 +7,7 @@ the seed.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ from tcjax.llms import decoder, published
 from tcjax.llms.decoder import Decoder, LlmConfig
 from tcjax.nn import lora as low_rank
 from tcjax.record import IS, to_dict
-from tcjax.towers import vit
+from tcjax.towers import layouts
+from tcjax.towers.dual import Dual
 from tcjax.towers.vit import VitConfig
 
 _LORA = 0x10A  # LoRA's own draws, whatever else the seed was used for
@@ -45,19 +46,16 @@ def assemble(
     """
     model = build(config, seed)
     identity = {f"model.{fact}": value for fact, value in _flat(to_dict(config)) if not fact.endswith("weights")}
-    for part in ("tower", "llm"):
-        part_config = getattr(config, part, None)
-        weights = getattr(part_config, "weights", "")
-        if weights:
-            path = root / weights
-            arrays = tensors.load(path)
-            module = getattr(model, part)
+    for part, part_config, module in _parts(config, model):
+        origin = f"random from seed {seed}"
+        if part_config.weights:
+            arrays = tensors.load(root / part_config.weights)
+            origin = tensors.content_hash(arrays)
             table, ignored = published_names(part_config)
-            identity[f"{part}.weights"] = tensors.content_hash(arrays)
             arrays = {ours: arrays[there] for ours, there in places(part_config, arrays).items()}
             names.assign(module, names.from_torch(arrays, table, names.shapes(module), ignore=ignored))
-        elif part_config is not None:
-            identity[f"{part}.weights"] = f"random from seed {seed}"
+        before = identity.get(f"{part}.weights")
+        identity[f"{part}.weights"] = f"{before} + {origin}" if before else origin
     for part, path in (start or {}).items():
         if not hasattr(model, part):
             raise ValueError(f"weights names {part!r}, which is no part of {type(model).__name__}.")
@@ -107,19 +105,31 @@ def _from_artifact(folder: Path, module: nnx.Module, wanted: Any, widths: Any) -
 
 def published_names(part_config: Any) -> tuple[list[names.Name], list[str]]:
     """The NAMES table of a tower or an LLM, and patterns of the published tensors it has no use for."""
-    room = {VitConfig: vit, LlmConfig: decoder}[type(part_config)]
+    room = {VitConfig: layouts, LlmConfig: decoder}[type(part_config)]
     return room.names(part_config), room.ignore(part_config)
 
 
 def places(part_config: Any, found: Collection[str]) -> dict[str, str]:
     """{published name: name on disk} of a tower's or an LLM's tensors among these; ValueError if the part is not there."""
-    if isinstance(part_config, LlmConfig):
-        where = f"an LLM in {part_config.weights}"
-        return prefixes.places(found, published.LAYOUTS, published.SIGN, where)
-    return {name: name for name in found}
+    if isinstance(part_config, VitConfig):
+        where = f"a tower with {part_config.names} names in {part_config.weights}"
+        return prefixes.places(found, layouts.LAYOUTS[part_config.names], layouts.SIGN[part_config.names], where)
+    return prefixes.places(found, published.LAYOUTS, published.SIGN, f"an LLM in {part_config.weights}")
+
+
+def _parts(config: Any, model: Any) -> Iterator[tuple[str, Any, nnx.Module]]:
+    """(part, config, module) of everything with weights of its own: the tower as the compressor wants it (a dual tower is
+    two), and the llm."""
+    if getattr(config, "tower", None) is not None:
+        for tower in model.tower.towers if isinstance(model.tower, Dual) else [model.tower]:
+            yield "tower", tower.cfg, tower
+    if getattr(config, "llm", None) is not None:
+        yield "llm", config.llm, model.llm
 
 
 def _flat(value: Any, path: str = "") -> list[tuple[str, Any]]:
+    if isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        value = {str(n): item for n, item in enumerate(value)}
     if isinstance(value, dict):
         here = [(path, value[IS])] if IS in value else []
         return here + [

@@ -2,7 +2,7 @@
 
     tcjax train CONFIG [--field value ...]      CONFIG is file.py or file.py:function; any field by its dotted name
     tcjax evaluate RUN | report STUDY_DIR | export RUN --out DIR | import CHECKPOINT --out DIR | ablate STUDY
-    tcjax compressors | data prepare FOLDER
+    tcjax compressors | data prepare|verify|preview SOURCE
 
 `TCJAX_TRACE=1` shows the trace as well.
 """
@@ -23,6 +23,7 @@ import tyro
 
 import tcjax
 from tcjax.arguments import numbers, pair, parse
+from tcjax.cli_data import Data, data
 from tcjax.cli_weights import Export, Import, export_weights, import_weights
 
 Positional = tyro.conf.Positional
@@ -75,24 +76,6 @@ class Compressors:
     grid: str = "24x24"
     widths: str = "1024,4096"
     json: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class Data:
-    """prepare: write the shards of a dataset folder. verify: read everything and say what is wrong. preview: pictures.
-
-    split: of verify and preview. tokenizer: tokenizer.json that renders the conversations. size: pixels the tower sees.
-    text_length: positions for text. rows, out: how many conversations preview draws, and where.
-    """
-
-    action: Positional[str]
-    folder: Positional[Path]
-    split: str = "train"
-    tokenizer: Path = Path("configs/boards_base/tokenizer.json")
-    size: str = "64x64"
-    text_length: int = 144
-    rows: int = 8
-    out: Path = Path("runs/preview.html")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -252,41 +235,6 @@ def _compressors(arguments: list[str]) -> int:
     return 0
 
 
-def _data(arguments: list[str]) -> int:
-    asked = parse(Data, arguments)
-    actions = ("prepare", "verify", "preview")
-    if asked.action not in actions:
-        raise ValueError(f"data {asked.action!r} is unknown; choose one of {', '.join(actions)}.")
-
-    from tcjax import content
-    from tcjax.pipeline import prepare, preview, verify
-
-    root = content.project_root(asked.folder)
-    if asked.action == "prepare":
-        sys.path.insert(0, str(root))  # a builder may use its neighbour's
-        print(prepare.prepare(asked.folder))
-        return 0
-    from tcjax.config import Pixels, Source
-    from tcjax.pipeline.chat import Chat, load_tokenizer
-    from tcjax.pipeline.source import open_source
-
-    chat = Chat(load_tokenizer(asked.tokenizer))
-    prepared = open_source(root, Source(path=str(asked.folder.resolve().relative_to(root)), split=asked.split))
-    pixels = Pixels(size_YX=pair(asked.size, "--size"))
-    if asked.action == "preview":
-        rows = range(min(asked.rows, len(prepared)))
-        print(
-            preview.preview(prepared, chat, pixels, asked.out, num_queries=0, text_length=asked.text_length, rows=rows)
-        )
-        return 0
-    found = verify.verify(prepared, chat, pixels, text_length=asked.text_length)
-    print(f"{found.records} records of {asked.split}, longest conversation {found.longest} positions")
-    for kind, number in found.problems.items():
-        print(f"  {kind}: {number}, for instance {list(getattr(found, kind))[:5]}")
-    print("no problems" if not found.problems else f"{sum(found.problems.values())} problems")
-    return 1 if found.problems else 0
-
-
 _FORMS: dict[str, type] = {
     "evaluate": Evaluate,
     "ablate": Ablate,
@@ -304,7 +252,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "export": export_weights,
     "import": import_weights,
     "compressors": _compressors,
-    "data": _data,
+    "data": data,
 }
 
 if __name__ == "__main__":

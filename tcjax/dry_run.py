@@ -128,9 +128,15 @@ def _abstract_batch(run: Run, rows: int) -> Batch:
 
     if run.train.feature_cache:
         widths = config.widths
-        seen = {"features_BNC": array(jnp.float32, widths.num_tokens, (1 + widths.levels) * widths.vision_C)}
+        seen = {
+            "features_BNC": array(
+                jnp.dtype(run.train.feature_cache), widths.num_tokens, (1 + widths.levels) * widths.vision_C
+            )
+        }
     else:
-        seen = {"images_BYX3": array(jnp.float32, *config.tower.pixels.size_YX, 3)}
+        seen = {"images_BYX3": array(jnp.uint8, *config.tower.pixels.shape)}
+    if config.tower.pixels.geometry == "naflex":
+        seen["grids_B2"] = array(jnp.int32, 2)
     return Batch(
         tokens_BS=array(jnp.int32, S),
         is_image_BS=array(jnp.bool_, S),

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 from rich.console import Console
 from rich.progress import Progress, TimeElapsedColumn, TimeRemainingColumn
 
@@ -31,11 +31,13 @@ from tcjax.interop.mismatch import mismatch
 from tcjax.pipeline import images
 from tcjax.pipeline.images import CorruptImage
 from tcjax.pipeline.input import make_input
+from tcjax.pipeline.sample import BadSample, Record
 from tcjax.pipeline.source import open_source
 from tcjax.record import IS, fingerprint, from_dict, to_dict
 from tcjax.sharding import make_mesh, place
 from tcjax.train.checkpoint import Checkpoints
-from tcjax.train.features import cached_features
+from tcjax.train.feature_store import Features
+from tcjax.train.features import Seen, cached_features
 from tcjax.train.loop import Outcome, train
 from tcjax.train.optimiser import make_optimiser
 from tcjax.train.state import init, split
@@ -64,19 +66,28 @@ def train_run(run: Run, *, root: Path, out: Path, quiet: bool = False) -> Outcom
     features = None
     if run.train.feature_cache:
         features = tuple(
-            tower_features(model, identity, config, source, root=root, quiet=quiet) for source in run.data.sources
+            tower_features(model, identity, run, source, root=root, quiet=quiet) for source in run.data.sources
         )
-    batches = make_input(
-        run.data,
-        config.tower.pixels,
-        config.num_queries,
-        root=root,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        features=features,
-        patch=config.labelled_patch,
-        instructed=isinstance(config, VlmConfig) and config.reads_text,
-    )
+    with _bar(quiet) as bar:
+        tasks: dict[Source, Any] = {}
+
+        def measuring(source: Source, done: int, num: int) -> None:
+            if source not in tasks:
+                tasks[source] = bar.add_task(f"lengths of {source.path} {source.split}", total=num)
+            bar.update(tasks[source], completed=done)
+
+        batches = make_input(
+            run.data,
+            config.tower.pixels,
+            config.num_queries,
+            root=root,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            features=features,
+            patch=config.labelled_patch,
+            instructed=isinstance(config, VlmConfig) and config.reads_text,
+            measuring=measuring,
+        )
     return train(
         run,
         model,
@@ -90,33 +101,54 @@ def train_run(run: Run, *, root: Path, out: Path, quiet: bool = False) -> Outcom
 
 
 def tower_features(
-    model: Any, identity: dict[str, Any], config: Any, source: Source, *, root: Path, quiet: bool = False
-) -> np.ndarray:
-    """The frozen tower's tokens of every image of `source`, from the shared cache; float32 [images, N, C]."""
-    prepared = open_source(root, source)
+    model: Any, identity: dict[str, Any], run: Run, source: Source, *, root: Path, quiet: bool = False
+) -> Features:
+    """The frozen tower's tokens of every image of `source`, from the shared cache."""
+    prepared, pixels = open_source(root, source), model.tower.cfg.pixels
 
-    def read(index: int) -> np.ndarray | None:
+    def see(record: Record, number: int) -> Seen | None:
         try:
-            return images.of(prepared[index], config.tower.pixels)
+            return images.of(record, pixels, number)
         except CorruptImage:
             return None
+
+    def read(index: int) -> list[Seen | None]:
+        try:
+            record = prepared[index]
+        except BadSample:
+            return []  # never a sample, so nothing asks for its images
+        return [see(record, number) for number in range(len(record.images))]
+
+    def wait() -> None:
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"features of {source.path} {source.split}")
 
     facts = {
         "tower": to_dict(model.tower.cfg) | {"weights": identity["tower.weights"]},
         "dataset": fingerprint(source, root),
-        "images": len(prepared),
+        "records": len(prepared),
     }
-    columns = (*Progress.get_default_columns()[:3], TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, disable=quiet, transient=True, console=Console(stderr=True)) as bar:
+    with _bar(quiet) as bar:
         task = bar.add_task(f"features of {source.path} {source.split}", total=len(prepared))
         return cached_features(
             model.tower,
+            pixels,
             read,
             len(prepared),
             folder=root / FEATURES,
             facts=facts,
-            show=lambda done, _: bar.update(task, completed=done),
+            dtype=run.train.feature_cache,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            threads=run.data.threads,
+            wait=wait,
+            show=lambda done, num: bar.update(task, completed=done, total=num),
         )
+
+
+def _bar(quiet: bool) -> Progress:
+    columns = (*Progress.get_default_columns()[:3], TimeElapsedColumn(), TimeRemainingColumn())
+    return Progress(*columns, disable=quiet, transient=True, console=Console(stderr=True))
 
 
 def trained(run: Run, *, root: Path, out: Path) -> tuple[nnx.Module, dict[str, Any], int]:
@@ -180,5 +212,5 @@ def _flops(run: Run) -> Callable[[int, int], float]:
         how.trainable,
         lora=how.lora,
         supervised=supervised,
-        cached_features=how.feature_cache,
+        cached_features=bool(how.feature_cache),
     )

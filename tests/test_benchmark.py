@@ -3,7 +3,9 @@
 import dataclasses
 import json
 
-from benchmarks import compressors, frozen
+import pytest
+
+from benchmarks import compressors, frozen, host
 from tcjax.compressors import avg_pool, query_resampler
 from tcjax.config import Pixels
 from tests.compressor_cases import WIDTHS
@@ -52,3 +54,31 @@ def test_frozen_models_are_the_same_on_both_sides(tmp_path, monkeypatch):
     for row in rows.values():
         assert row["difference"] < 1e-5 and row["time"]["ratio"] > 0 and row["useful"]["jax"] > 0
     assert "| step |" in (tmp_path / "table.md").read_text()
+
+
+def test_the_host_benchmark_compares_pixels_before_it_times_them(tmp_path, monkeypatch, capsys):
+    small = {"size": {"shortest_edge": 24}, "crop_size": {"height": 24, "width": 24}}
+    monkeypatch.setattr(host, "PROCESSORS", {"clip": ("CLIPImageProcessor", small)})
+    options = [
+        "--no-workers",
+        "--made",
+        "6",
+        "--scale",
+        "0.1",
+        "--cores",
+        "1",
+        "--batch",
+        "2",
+        "--count",
+        "4",
+        "--turns",
+        "1",
+    ]
+    host.main([*options, "--out", str(tmp_path / "host.json")])
+    recorded = json.loads((tmp_path / "host.json").read_text())
+    assert recorded["environment"]["difference"]["largest"] <= 2
+    row = recorded["rows"]["1"]
+    assert row["ratio"] == pytest.approx(row["ours"] / row["no worker"], abs=0.05)
+    assert row["milliseconds"]["ours"] > 0
+    assert "| 1 | " in (tmp_path / "host.md").read_text()
+    assert "CLIPImageProcessor" in capsys.readouterr().out

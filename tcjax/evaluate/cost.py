@@ -1,7 +1,7 @@
 """What an image costs: prefill FLOPs of tower, compressor and LLM, KV cache bytes, and useful training FLOPs.
 
     LLM at n tokens     2 L (n (2 D K A + 2 D J A + 3 D F) + 2 n^2 K A)          n = Q visual + T text tokens
-    tower at S tokens   2 N P C + 2 L (S (4 C^2 + 2 C F) + 2 S^2 C)              S = N + class token
+    tower at S tokens   2 N P C + 2 L (S (4 C^2 + 2 C F) + 2 S^2 C)              S = N + class token + registers
     compressor          counted on its own jaxpr (tcjax/evaluate/flops.py), so a new compressor needs no formula
     KV cache            2 L J A n bytes_per_value
 
@@ -31,6 +31,7 @@ from tcjax.config import LoraConfig
 from tcjax.evaluate.flops import matmul_flops
 from tcjax.llms.decoder import LlmConfig
 from tcjax.nn.lora import PART
+from tcjax.towers.dual import DualConfig
 from tcjax.towers.vit import VitConfig
 from tcjax.vlm import VlmConfig
 
@@ -104,11 +105,17 @@ def head_flops(llm: LlmConfig, positions: int) -> int:
     return 2 * positions * llm.width * llm.vocab
 
 
-def tower_flops(tower: VitConfig) -> Flops:
-    """The blocks that are run, and the patch embedding. All 24 blocks of CLIP-L/336 at 577 tokens: 2 * 190.6e9."""
+def tower_flops(tower: VitConfig | DualConfig) -> Flops:
+    """The blocks that are run, and the patch embedding. All 24 blocks of CLIP-L/336 at 577 tokens: 2 * 190.6e9.
+
+    An image of any shape counts as the most patches it can have, a dual tower as both.
+    """
+    if isinstance(tower, DualConfig):
+        first, second = map(tower_flops, tower.towers)
+        return Flops(first.weights + second.weights, first.attention + second.attention)
     (H, W), C, L = tower.grid_HW, tower.width, tower.num_blocks
     N = H * W
-    S = N + tower.class_token
+    S = N + tower.num_prefix
     embedding = 2 * N * 3 * tower.patch**2 * C
     blocks = 2 * L * S * (4 * C**2 + 2 * C * tower.feed_forward)
     return Flops(embedding + blocks, 2 * L * 2 * S**2 * C)

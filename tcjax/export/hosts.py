@@ -28,11 +28,14 @@ from tcjax.interop import names, tensors
 from tcjax.llms import published
 from tcjax.llms.decoder import LlmConfig
 from tcjax.nn import lora
-from tcjax.towers import vit
+from tcjax.towers import layouts
+from tcjax.towers.dual import DualConfig
 from tcjax.towers.vit import VitConfig
 
 
-def why_no_tower(tower: VitConfig, *, after_norm: bool, classes: Collection[str] = ("CLIP", "SigLIP")) -> str:
+def why_no_tower(
+    tower: VitConfig | DualConfig, *, after_norm: bool, classes: Collection[str] = ("CLIP", "SigLIP")
+) -> str:
     """Why no published class computes this tower's tokens; "" if one does.
 
     Args:
@@ -40,11 +43,17 @@ def why_no_tower(tower: VitConfig, *, after_norm: bool, classes: Collection[str]
             InternVL do; Llava reads it before.
         classes: of towers that the host can have.
     """
+    if isinstance(tower, DualConfig):
+        return "the tower is two towers side by side, which no published host has"
+    if tower.ragged:
+        return "the tower reads images of any shape (NaFlex), which no published host does"
     kinds = tower_classes(tower)
     if tower.shrunk_HW is not None:
         return "the image is resized inside the tower, which no published tower does"
     if len(set(tower.full_HW)) > 1 or len(set(tower.pixels.size_YX)) > 1:
         return f"published towers read square images, this one {tower.pixels.size_YX[0]} x {tower.pixels.size_YX[1]}"
+    if tower.position_HW != tower.full_HW:
+        return f"the position table is resized from {tower.position_HW} to {tower.full_HW}, which published hosts do not do"
     if set(kinds).isdisjoint(classes):
         return f"the tower is {' or '.join(kinds) or 'no published one'}, and the host has {' or '.join(classes)}"
     if tower.feature_layer != -1:
@@ -65,6 +74,8 @@ def why_not_behind_norm(tower: VitConfig) -> str:
 
 def tower_classes(tower: VitConfig) -> tuple[str, ...]:
     """The published architectures that this tower is."""
+    if tower.names == "dinov2":
+        return ("DINOv2",)
     kind = tower.class_token, tower.pre_norm, tower.patch_bias
     return {
         (True, True, False): ("CLIP",),
@@ -119,8 +130,8 @@ def tower_tensors(tower: nnx.Module, cfg: VitConfig, root: Path) -> names.Arrays
     """Every tensor of the published class, "vision_model.embeddings.patch_embedding.weight" and so on."""
     whole = dataclasses.replace(cfg, feature_layer=-1, levels=(), post_norm=True)
     shapes = names.shapes(nnx.eval_shape(lambda: whole.build(nnx.Rngs(0))))
-    expected = names.published_shapes(vit.names(whole), shapes)
-    ours = names.to_torch(finite(names.flatten(tower)), vit.names(cfg))
+    expected = names.published_shapes(layouts.names(whole), shapes)
+    ours = names.to_torch(finite(names.flatten(tower)), layouts.names(cfg))
     file = tensors.load(root / cfg.weights) if cfg.weights and expected.keys() - ours.keys() else {}
     found = {key: tensor for key, tensor in file.items() if key in expected} | ours
     for key, shape in expected.items():
