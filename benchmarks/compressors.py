@@ -125,7 +125,7 @@ def one(config: CompressorConfig, widths: Widths, arguments: argparse.Namespace)
         def run() -> None:
             with torch.inference_mode():
                 model(**given)
-            _wait(device)
+            wait(device)
 
         return run
 
@@ -133,7 +133,7 @@ def one(config: CompressorConfig, widths: Widths, arguments: argparse.Namespace)
         def run() -> None:
             twin.zero_grad(set_to_none=True)
             (model(**given) * goal).sum().backward()
-            _wait(device)
+            wait(device)
 
         return run
 
@@ -163,7 +163,7 @@ def ratio(seconds: dict[str, float]) -> dict[str, float]:
     return {name: round(1e3 * time, 3) for name, time in seconds.items()} | {"ratio": round(best / seconds["jax"], 3)}
 
 
-def _wait(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
 
@@ -183,7 +183,7 @@ def table_of(rows: dict[str, dict[str, Any]]) -> list[list[str]]:
 def show(lines: list[list[str]], title: str) -> None:
     table = Table(title=title)
     for column in lines[0]:
-        table.add_column(column, justify="left" if column == "compressor" else "right")
+        table.add_column(column, justify="left" if column == lines[0][0] else "right")
     for line in lines[1:]:
         table.add_row(*line)
     Console(width=160).print(table)

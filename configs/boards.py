@@ -59,7 +59,7 @@ def compressed(
             weight_decay=0.01,
             b2=0.98,
             seed=seed,
-            feature_cache=True,
+            feature_cache="float32",
             save_every=200,
         ),
         evaluate=EvaluateConfig(
@@ -74,7 +74,7 @@ def compressed(
 def reference(name: str = "boards/mlp-256", test: int = 200) -> Run:
     """Nothing compressed: the base's own projector, 256 tokens, 0 steps."""
     run = compressed(name, "mlp", 256, steps=1, test=test)
-    train = TrainConfig(steps=0, weights={"compressor": PROJECTOR}, feature_cache=True)
+    train = TrainConfig(steps=0, weights={"compressor": PROJECTOR}, feature_cache="float32")
     return run.replace(model=VlmConfig(tower=tower_config(), compressor=mlp.Config(), llm=llm_config()), train=train)
 
 

@@ -94,6 +94,6 @@ def llm() -> Run:
 
 def _language(stage: str, model: VlmConfig, data: DataConfig, **changes) -> Run:
     train = TrainConfig(
-        trainable=("compressor", "llm"), warmup=0.03, weight_decay=0.01, b2=0.98, feature_cache=True, **changes
+        trainable=("compressor", "llm"), warmup=0.03, weight_decay=0.01, b2=0.98, feature_cache="float32", **changes
     )
     return Run(name=f"boards_base/{stage}", model=model, data=data, train=train, evaluate=TEST)

@@ -23,7 +23,7 @@ from rich.progress import Progress
 
 from tcjax.batch import Batch
 from tcjax.compressors.base import Context
-from tcjax.config import EvaluateConfig, Run, Source
+from tcjax.config import Run, Source
 from tcjax.evaluate.cost import cost
 from tcjax.evaluate.generate import make_generate, make_prefill
 from tcjax.evaluate.scores import Answer, exact_match, is_right, mean_accuracy, token_accuracy
@@ -70,7 +70,7 @@ def evaluate_run(
     chat = Chat(load_tokenizer(root / run.data.tokenizer))
     asked = questions(open_source(root, scored.source), chat, num_queries=config.num_queries, boards=scored.boards)
     (end,) = chat.end_ids
-    images = Images(model, identity, config, scored, run.train.feature_cache, root=root, quiet=quiet)
+    images = Images(model, identity, run, root=root, quiet=quiet)
     images.check(run.data.max_corrupt)
     asked = asked.rows(np.isin(asked.index_B, images.readable))
     answer = make_generate(model, end=end)
@@ -123,24 +123,28 @@ class Images:
         self,
         model: Vlm,
         identity: dict,
-        config: VlmConfig,
-        scored: EvaluateConfig,
-        cached: bool,
+        run: Run,
         *,
         root: Path,
         quiet: bool,
     ):
+        scored = run.evaluate
+        assert scored is not None
         split = scored.source.split
         if scored.boards and "[" not in split:
             split = f"{split}[:{scored.boards}]"
         source: Source = dataclasses.replace(scored.source, split=split)
-        self._prepared, self._pixels = open_source(root, source), config.tower.pixels
-        self._features = tower_features(model, identity, config, source, root=root, quiet=quiet) if cached else None
-        Y, X = self._pixels.size_YX
-        self._grey_YX3 = np.zeros((Y, X, 3), np.float32)  # the mean colour, once normalised
-        self._grey_NC = (
-            np.asarray(jax.jit(lambda image: model.tower(image))(self._grey_YX3[None]))[0] if cached else None
-        )
+        self._prepared, self._pixels = open_source(root, source), model.tower.cfg.pixels
+        cached = bool(run.train.feature_cache)
+        self._features = tower_features(model, identity, run, source, root=root, quiet=quiet) if cached else None
+        self._grey = {"images_BYX3": np.zeros((1, *self._pixels.shape), np.float32)}  # the mean colour, once normalised
+        if self._pixels.geometry == "naflex":
+            side = self._pixels.size_YX[0] // self._pixels.patch
+            self._grey["grids_B2"] = np.full((1, 2), side, np.int32)
+        if cached:
+            see = jax.jit(lambda told: model.see(Batch(**told)))
+            self._grey = {**self._grey, "features_BNC": np.asarray(see(self._grey))}
+            del self._grey["images_BYX3"]
 
         found = [self._can_read(index) for index in range(len(self._prepared))]
         self.readable = np.flatnonzero(found)
@@ -148,7 +152,7 @@ class Images:
 
     def _can_read(self, index: int) -> bool:
         if self._features is not None:
-            return bool(np.isfinite(self._features[index, 0, 0]))
+            return self._features.readable(index)
         try:
             pictures.of(self._prepared[index], self._pixels)
         except CorruptImage:
@@ -165,26 +169,33 @@ class Images:
                 f"raise max_corrupt."
             )
 
-    def pixels(self, index_B: np.ndarray) -> np.ndarray:
-        """float32 images_BYX3, normalised."""
-        return np.stack([pictures.of(self._prepared[int(index)], self._pixels) for index in index_B])
+    def pixels(self, index_B: np.ndarray) -> dict[str, np.ndarray]:
+        """uint8 images_BYX3, and grids_B2 where every image has its own."""
+        return _stacked("images_BYX3", [pictures.of(self._prepared[int(index)], self._pixels) for index in index_B])
 
     def of(self, index_B: np.ndarray) -> dict[str, np.ndarray]:
-        if self._features is None:
-            return {"images_BYX3": self.pixels(index_B)}
-        return {"features_BNC": np.asarray(self._features[index_B])}
+        """The images of the questions, or their cached features."""
+        features = self._features
+        if features is None:
+            return self.pixels(index_B)
+        seen = [(features(index).astype(np.float32), features.grid(index)) for index in index_B.tolist()]
+        return _stacked("features_BNC", seen)
 
     def blank(self, index_B: np.ndarray) -> dict[str, np.ndarray]:
         """The same grey image for every question."""
-        if self._grey_NC is None:
-            return {"images_BYX3": np.broadcast_to(self._grey_YX3, (len(index_B), *self._grey_YX3.shape))}
-        return {"features_BNC": np.broadcast_to(self._grey_NC, (len(index_B), *self._grey_NC.shape))}
+        return {name: np.broadcast_to(one, (len(index_B), *one.shape[1:])) for name, one in self._grey.items()}
 
     def shuffled(self, index_B: np.ndarray) -> dict[str, np.ndarray]:
         """The image half the set away: never the question's own, unless it is the only one."""
         num = len(self.readable)
         position_B = np.searchsorted(self.readable, index_B)
         return self.of(self.readable[(position_B + max(num // 2, 1)) % num])
+
+
+def _stacked(name: str, seen: list[tuple[np.ndarray, np.ndarray | None]]) -> dict[str, np.ndarray]:
+    """Batch fields of images, or of their features, and of their grids."""
+    grids = [grid for _, grid in seen if grid is not None]
+    return {name: np.stack([array for array, _ in seen])} | ({"grids_B2": np.stack(grids)} if grids else {})
 
 
 def distinct(asked: EvaluationSet) -> tuple[np.ndarray, np.ndarray]:
@@ -218,14 +229,13 @@ def looks(model: Vlm, run: Run, *, root: Path, out: Path, boards: int = 4) -> Pa
             told.append(fitted(chat.instruction(question), run.data.instruction_length))
         if len(shown) == boards:
             break
-    images_BYX3 = np.stack([image for _, image in shown])
-    batch = Batch(images_BYX3=images_BYX3, instruction_BT=np.stack(told), index_B=np.arange(len(shown)))
+    seen = _stacked("images_BYX3", [image for _, image in shown])
+    batch = Batch(**seen, instruction_BT=np.stack(told), index_B=np.arange(len(shown)))
     see = jax.jit(lambda batch: model.compress(batch, Context(assign=True)).assign_BQN)
-    mean, std = np.array(config.tower.pixels.mean), np.array(config.tower.pixels.std)
     path = out / "looks.npz"
     np.savez_compressed(
         path,
-        images=((images_BYX3 * std + mean) * 255).round().clip(0, 255).astype(np.uint8),
+        images=seen["images_BYX3"],
         assign=np.asarray(see(batch), np.float32)[..., config.widths.extra :],
         grid=np.array(config.widths.grid_HW),
         questions=np.array([name for name, _ in shown]),
@@ -269,7 +279,7 @@ def _batch(asked: EvaluationSet, look: Callable[[np.ndarray], dict[str, np.ndarr
 def _prefill_seconds(model: Vlm, asked: EvaluationSet, images: Images, size: int) -> float:
     """Seconds per image from pixels to the first token's logits, compiled and warm, batch `size`."""
     some = asked.rows(np.resize(np.arange(len(asked.index_B)), size))
-    batch = _batch(some, lambda index_B: {"images_BYX3": images.pixels(index_B)})
+    batch = _batch(some, images.pixels)
     prefill, seconds = make_prefill(model), []
     prefill(batch).block_until_ready()
     for _ in range(TIMED):

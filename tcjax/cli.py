@@ -2,7 +2,7 @@
 
     tcjax train CONFIG [--field value ...]      CONFIG is file.py or file.py:function; any field by its dotted name
     tcjax evaluate RUN | report STUDY_DIR | export RUN --out DIR | import CHECKPOINT --out DIR | ablate STUDY
-    tcjax compressors | data prepare FOLDER
+    tcjax compressors | data prepare|verify|preview SOURCE
 
 `TCJAX_TRACE=1` shows the trace as well.
 """
@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import os
 import sys
@@ -22,6 +23,7 @@ import tyro
 
 import tcjax
 from tcjax.arguments import numbers, pair, parse
+from tcjax.cli_data import Data, data
 from tcjax.cli_weights import Export, Import, export_weights, import_weights
 
 Positional = tyro.conf.Positional
@@ -76,24 +78,6 @@ class Compressors:
     json: bool = False
 
 
-@dataclass(frozen=True, kw_only=True)
-class Data:
-    """prepare: write the shards of a dataset folder. verify: read everything and say what is wrong. preview: pictures.
-
-    split: of verify and preview. tokenizer: tokenizer.json that renders the conversations. size: pixels the tower sees.
-    text_length: positions for text. rows, out: how many conversations preview draws, and where.
-    """
-
-    action: Positional[str]
-    folder: Positional[Path]
-    split: str = "train"
-    tokenizer: Path = Path("configs/boards_base/tokenizer.json")
-    size: str = "64x64"
-    text_length: int = 144
-    rows: int = 8
-    out: Path = Path("runs/preview.html")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; return the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -131,6 +115,9 @@ def _usage() -> str:
     return "\n".join(lines + [f"  {name:<12}{texts[name]}" for name in VERBS] + ["", "tcjax VERB --help says more."])
 
 
+_DRY = "--dry-run: parameters, memory, FLOPs, steps and the first sample, without loading or running anything."
+
+
 def _train(arguments: list[str]) -> int:
     from tcjax import content
 
@@ -140,20 +127,37 @@ def _train(arguments: list[str]) -> int:
         )
         print("configs/boards.py; `tcjax train CONFIG --help` lists every field with its default.")
         return 0 if arguments[:1] in (["-h"], ["--help"]) else 2
-    default, root = content.call(arguments[0])
+    config, root = content.find(arguments[0])
+    default = config()
     run_type = type(default)
     form = dataclasses.make_dataclass(
         "train",
-        [("run", Annotated[run_type, tyro.conf.arg(name="")]), ("out", Path | None), ("quiet", bool)],
-        namespace={"__doc__": f"Train {default.name}; any field can be given."},
+        [
+            ("run", Annotated[run_type, tyro.conf.arg(name="")]),
+            ("out", Path | None),
+            ("dry_run", bool),
+            ("json", bool),
+            ("quiet", bool),
+        ],
+        namespace={"__doc__": f"Train {default.name}; any field can be given. {_DRY}"},
     )
     asked: Any = tyro.cli(
         form,
         args=arguments[1:],
-        default=form(default, None, False),
+        default=form(default, None, False, False, False),
         prog=f"tcjax train {arguments[0]}",
         config=(tyro.conf.AvoidSubcommands,),
     )
+
+    if asked.dry_run:
+        from tcjax.dry_run import dry_run, show
+
+        figures = dry_run(asked.run, root=root)
+        if asked.json:
+            print(json.dumps(figures, indent=1))
+        else:
+            show(asked.run, figures, about=inspect.getdoc(config) or "")
+        return 0
 
     from tcjax.job import train_run
 
@@ -231,41 +235,6 @@ def _compressors(arguments: list[str]) -> int:
     return 0
 
 
-def _data(arguments: list[str]) -> int:
-    asked = parse(Data, arguments)
-    actions = ("prepare", "verify", "preview")
-    if asked.action not in actions:
-        raise ValueError(f"data {asked.action!r} is unknown; choose one of {', '.join(actions)}.")
-
-    from tcjax import content
-    from tcjax.pipeline import prepare, preview, verify
-
-    root = content.project_root(asked.folder)
-    if asked.action == "prepare":
-        sys.path.insert(0, str(root))  # a builder may use its neighbour's
-        print(prepare.prepare(asked.folder))
-        return 0
-    from tcjax.config import Pixels, Source
-    from tcjax.pipeline.chat import Chat, load_tokenizer
-    from tcjax.pipeline.source import open_source
-
-    chat = Chat(load_tokenizer(asked.tokenizer))
-    prepared = open_source(root, Source(path=str(asked.folder.resolve().relative_to(root)), split=asked.split))
-    pixels = Pixels(size_YX=pair(asked.size, "--size"))
-    if asked.action == "preview":
-        rows = range(min(asked.rows, len(prepared)))
-        print(
-            preview.preview(prepared, chat, pixels, asked.out, num_queries=0, text_length=asked.text_length, rows=rows)
-        )
-        return 0
-    found = verify.verify(prepared, chat, pixels, text_length=asked.text_length)
-    print(f"{found.records} records of {asked.split}, longest conversation {found.longest} positions")
-    for kind, number in found.problems.items():
-        print(f"  {kind}: {number}, for instance {list(getattr(found, kind))[:5]}")
-    print("no problems" if not found.problems else f"{sum(found.problems.values())} problems")
-    return 1 if found.problems else 0
-
-
 _FORMS: dict[str, type] = {
     "evaluate": Evaluate,
     "ablate": Ablate,
@@ -283,7 +252,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "export": export_weights,
     "import": import_weights,
     "compressors": _compressors,
-    "data": _data,
+    "data": data,
 }
 
 if __name__ == "__main__":

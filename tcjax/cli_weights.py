@@ -17,8 +17,8 @@ class Export:
     """Take the trained weights away.
 
     to: "artifact" is a folder that needs only torch and safetensors, with its parity certificate; "parts" is every
-    trained part as safetensors (tower and LLM under their published names); hf, hf-remote, llava, onnx, torch-export,
-    jax-export are other people's formats.
+    trained part as safetensors (tower and LLM under their published names); "llm" is the trained LLM as a published
+    checkpoint's folder, LoRA merged; hf, hf-remote, llava, onnx, torch-export, jax-export are other people's formats.
     targets: say which of them hold this run's compressor, and why the others do not; nothing is written.
     json: print that list as JSON.
     """

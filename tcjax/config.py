@@ -9,14 +9,59 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 
+GEOMETRIES = ("squash", "crop", "pad", "letterbox", "naflex")
+RESAMPLES = ("bicubic", "bilinear", "lanczos")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Pixels:
-    """How the tower wants its image. size: height, width in pixels; then (value / 255 - mean) / std per channel."""
+    """How the tower wants its image: brought to `size_YX`, then (value / 255 - mean) / std per channel.
+
+    size_YX: height, width in pixels. geometry: how an image of another shape gets there:
+        "squash" resizes both sides, whatever becomes of the aspect ratio (SigLIP);
+        "crop" resizes the shorter side to `shortest` and cuts the middle out (CLIP, DINOv2);
+        "pad" makes the image square first, in the middle of int(255 * mean) (LLaVA-1.5), and goes on like "crop";
+        "letterbox" is Prismatic's pad: equal borders, so that an odd difference leaves one pixel to the crop;
+        "naflex" keeps the aspect ratio within `max_patches` patches of side `patch`, which it hands over as rows (SigLIP2);
+            size_YX is then the square its position table stands for.
+    shortest: pixels of the shorter side before the crop; 0 is the crop's own. DINOv2 has 256 before a crop of 224.
+    resample: "bicubic", "bilinear" or "lanczos", each antialiased, with the arithmetic of PIL.
+    """
 
     size_YX: tuple[int, int]
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    geometry: str = "squash"
+    shortest: int = 0
+    resample: str = "bicubic"
+    patch: int = 0
+    max_patches: int = 0
+
+    def __post_init__(self):
+        for name, possible in (("geometry", GEOMETRIES), ("resample", RESAMPLES)):
+            if getattr(self, name) not in possible:
+                raise ValueError(f"pixels.{name}={getattr(self, name)!r} is unknown; possible: {list(possible)}.")
+        cropped = self.geometry in ("crop", "pad", "letterbox")
+        if self.shortest and (not cropped or self.shortest < max(self.size_YX)):
+            raise ValueError(
+                f"pixels.shortest={self.shortest} is the shorter side before a crop of {self.size_YX}: at least "
+                f"{max(self.size_YX)}, for the geometries crop, pad and letterbox; this one is {self.geometry!r}."
+            )
+        if cropped and not self.shortest and self.size_YX[0] != self.size_YX[1]:
+            raise ValueError(
+                f"pixels.size_YX={self.size_YX} is no square: say pixels.shortest, the side before the crop."
+            )
+        naflex = self.geometry == "naflex"
+        if naflex != (self.patch > 0) or naflex != (self.max_patches > 0):
+            raise ValueError(
+                f"geometry={self.geometry!r} with patch={self.patch} and max_patches={self.max_patches}: naflex needs both, "
+                f"the other geometries take neither."
+            )
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of one image as the tower reads it: [Y, X, 3], or naflex's patch rows [max_patches, patch * patch, 3]."""
+        return (self.max_patches, self.patch**2, 3) if self.geometry == "naflex" else (*self.size_YX, 3)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,16 +80,23 @@ class Template:
 class Source:
     """One dataset of a mixture.
 
-    path: a dataset folder, whose prepared shards lie in `path/prepared`, or a published file or folder of another format.
+    path: a dataset folder, whose prepared shards lie in `path/prepared`, or a published file or folder of another format;
+        tars and parquet files may be counted in braces, "shard-{000..012}.tar".
     format: who reads it (tcjax/pipeline/source.py); "" follows from the path.
     images: the folder below which the image paths of a published file lie; "" is the file's own folder.
-    split: a TFDS split, slices included ("train[:4000]"). weight: share of the mixture, relative to the others.
+    split: a TFDS split, slices included ("train[:4000]"); of a folder of parquet files their first name, "train".
+    sampling: which rows: "all", "first:1000", "end:10%", "random:1000", drawn once by `seed` alone.
+    min_rating: keeps only the turns of a parquet row whose every rating is at least this (FineVision: 1 to 5); 0 keeps all.
+    weight: share of the mixture, relative to the others.
     """
 
     path: str
     format: str = ""
     images: str = ""
     split: str = "train"
+    sampling: str = "all"
+    seed: int = 0
+    min_rating: int = 0
     weight: float = 1.0
 
 
@@ -52,20 +104,27 @@ class Source:
 class DataConfig:
     """Where samples come from and how they become batches.
 
-    batch: global batch, over all hosts. text_length: positions for everything but the image's Q tokens.
+    batch: global batch, over all hosts. text_length: positions for everything but the Q tokens of every image.
+    batching: how samples become rows of `images` * Q + text_length positions. "rows": one each. "packed": as many as fit,
+        as segments that do not see each other. "grouped": one each, in batches of like length, with or without images;
+        a batch is as long as its own kind wants, `buckets` lengths in all, each of which is compiled once.
+    images: the most images of a row (R), so of a sample; every row costs so many, a blank one where it has fewer.
     seed: the order of samples is a pure function of (seed, step, batch).
     independent_turns: every turn of a conversation sees the image and itself only, as if asked alone; the image is paid
         for once. False keeps the conversation: later turns see earlier answers.
     turns: so many turns of every conversation, drawn anew each time it comes up; 0 takes all. 1 is how a compressor that
         is told the question is trained the way it is asked.
     instruction_length: positions of the instruction handed to such a compressor; a longer one loses its beginning.
-    max_corrupt: share of unreadable images above which a run stops.
+    max_corrupt: share of samples that cannot be used (an unreadable image, no answer that fits) above which a run stops.
     """
 
     sources: tuple[Source, ...]
     tokenizer: str
     batch: int = 64
     text_length: int = 144
+    batching: str = "rows"
+    images: int = 1
+    buckets: int = 8
     seed: int = 0
     independent_turns: bool = False
     turns: int = 0
@@ -75,23 +134,46 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """An update of low rank beside linear layers of the frozen LLM; it learns where `trainable` names "lora".
+
+    rank: LLaVA's 128. alpha: the update counts alpha / rank times. targets: names of layers in every block.
+    """
+
+    rank: int = 128
+    alpha: float = 256.0
+    targets: tuple[str, ...] = ("query", "key", "value", "out", "gate", "up", "down")
+
+    def __post_init__(self):
+        if self.rank < 1:
+            raise ValueError(f"lora.rank={self.rank} must be at least 1; without an update, lora is None.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """How the trainable part learns: AdamW, linear warm-up, cosine to `end_lr`, global-norm clip.
 
-    trainable: first names of the module paths that learn; all else is structurally frozen.
+    trainable: parts that learn, by the first names of their module paths ("compressor", "llm", "tower"), and "lora" for
+        the updates that `lora` adds to the LLM; all else is structurally frozen.
+    lora: updates of low rank beside the LLM's layers.
+    lr_of: peak learning rates of parts that do not learn at `peak_lr`; they rise and fall alike, so that such a part ends
+        at end_lr * its peak / peak_lr.
     warmup: share of the steps. accumulate: microbatches per step; their sum is one step over the global batch.
     compute: "float32" or "bfloat16"; master weights, moments and the loss stay float32.
     frozen: how the weights of a frozen tower and LLM lie in memory. "float32"; "bfloat16"; or "int8" and "nf4", the kernels
         of their blocks in 8 or 4 bits and the rest in bfloat16 (`pip install tcjax[quantised]`).
     weights: safetensors to start the trainable parts from, {part: path}; parts not named start from the seed. A
         compressor also starts from its artifact's folder, such as `tcjax import` writes.
-    feature_cache: store the frozen tower's tokens once and share them between runs.
+    feature_cache: "float32" or "bfloat16" stores the frozen tower's tokens once, in that type, and shares them between
+        runs; "" runs the tower inline.
     save_every: steps between checkpoints (0: only the last). log_every: steps between lines of metrics.jsonl.
     """
 
     steps: int
     trainable: tuple[str, ...] = ("compressor",)
+    lora: LoraConfig | None = None
     peak_lr: float = 1e-3
+    lr_of: dict[str, float] = field(default_factory=dict)
     end_lr: float = 0.0
     warmup: float = 0.03
     weight_decay: float = 0.0
@@ -103,7 +185,7 @@ class TrainConfig:
     compute: str = "float32"
     frozen: str = "float32"
     weights: dict[str, str] = field(default_factory=dict)
-    feature_cache: bool = False
+    feature_cache: str = ""
     save_every: int = 500
     keep: int = 2
     log_every: int = 20

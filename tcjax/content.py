@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -45,6 +46,12 @@ def load(path: Path) -> tuple[ModuleType, Path]:
 
 def call(target: str, default: str = "run") -> tuple[Any, Path]:
     """Call the function that "file.py:function" names (`default` if none is named); return its result and the root."""
+    function, root = find(target, default)
+    return function(), root
+
+
+def find(target: str, default: str = "run") -> tuple[Callable[[], Any], Path]:
+    """The function that "file.py:function" names (`default` if none is named), and the project's root."""
     text, _, name = target.rpartition(":") if target.rpartition(":")[2].isidentifier() else (target, "", "")
     module, root = load(Path(text or target))
     functions = [n for n, f in vars(module).items() if inspect.isfunction(f) and f.__module__ == module.__name__]
@@ -53,4 +60,4 @@ def call(target: str, default: str = "run") -> tuple[Any, Path]:
         raise ValueError(
             f"{text or target} has no function {name or default!r}; choose {text or target}:NAME of {public}."
         )
-    return getattr(module, name or default)(), root
+    return getattr(module, name or default), root

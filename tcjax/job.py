@@ -13,17 +13,16 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 from rich.console import Console
 from rich.progress import Progress, TimeElapsedColumn, TimeRemainingColumn
 
-from tcjax.assemble import assemble
+from tcjax.assemble import assemble, build
 from tcjax.compressors.base import CompressorConfig
 from tcjax.config import Run, Source
 from tcjax.evaluate.cost import training_flops
@@ -33,11 +32,13 @@ from tcjax.nn.quantised import kind_of
 from tcjax.pipeline import images
 from tcjax.pipeline.images import CorruptImage
 from tcjax.pipeline.input import make_input
+from tcjax.pipeline.sample import BadSample, Record
 from tcjax.pipeline.source import open_source
 from tcjax.record import IS, fingerprint, from_dict, to_dict
 from tcjax.sharding import make_mesh, place
 from tcjax.train.checkpoint import Checkpoints
-from tcjax.train.features import cached_features
+from tcjax.train.feature_store import Features
+from tcjax.train.features import Seen, cached_features
 from tcjax.train.loop import Outcome, train
 from tcjax.train.optimiser import make_optimiser
 from tcjax.train.state import init, split
@@ -66,19 +67,28 @@ def train_run(run: Run, *, root: Path, out: Path, quiet: bool = False) -> Outcom
     features = None
     if run.train.feature_cache:
         features = tuple(
-            tower_features(model, identity, config, source, root=root, quiet=quiet) for source in run.data.sources
+            tower_features(model, identity, run, source, root=root, quiet=quiet) for source in run.data.sources
         )
-    batches = make_input(
-        run.data,
-        config.tower.pixels,
-        config.num_queries,
-        root=root,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        features=features,
-        patch=config.labelled_patch,
-        instructed=isinstance(config, VlmConfig) and config.reads_text,
-    )
+    with _bar(quiet) as bar:
+        tasks: dict[Source, Any] = {}
+
+        def measuring(source: Source, done: int, num: int) -> None:
+            if source not in tasks:
+                tasks[source] = bar.add_task(f"lengths of {source.path} {source.split}", total=num)
+            bar.update(tasks[source], completed=done)
+
+        batches = make_input(
+            run.data,
+            config.tower.pixels,
+            config.num_queries,
+            root=root,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            features=features,
+            patch=config.labelled_patch,
+            instructed=isinstance(config, VlmConfig) and config.reads_text,
+            measuring=measuring,
+        )
     return train(
         run,
         model,
@@ -92,35 +102,51 @@ def train_run(run: Run, *, root: Path, out: Path, quiet: bool = False) -> Outcom
 
 
 def tower_features(
-    model: Any, identity: dict[str, Any], config: Any, source: Source, *, root: Path, quiet: bool = False
-) -> np.ndarray:
-    """The frozen tower's tokens of every image of `source`, from the shared cache; float32 [images, N, C]."""
-    prepared = open_source(root, source)
+    model: Any, identity: dict[str, Any], run: Run, source: Source, *, root: Path, quiet: bool = False
+) -> Features:
+    """The frozen tower's tokens of every image of `source`, from the shared cache."""
+    prepared, pixels = open_source(root, source), model.tower.cfg.pixels
 
-    def read(index: int) -> np.ndarray | None:
+    def see(record: Record, number: int) -> Seen | None:
         try:
-            return images.of(prepared[index], config.tower.pixels)
+            return images.of(record, pixels, number)
         except CorruptImage:
             return None
+
+    def read(index: int) -> list[Seen | None]:
+        try:
+            record = prepared[index]
+        except BadSample:
+            return []  # never a sample, so nothing asks for its images
+        return [see(record, number) for number in range(len(record.images))]
+
+    def wait() -> None:
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"features of {source.path} {source.split}")
 
     facts = {
         "tower": to_dict(model.tower.cfg) | {"weights": identity["tower.weights"]},
         "dataset": fingerprint(source, root),
-        "images": len(prepared),
+        "records": len(prepared),
     }
     kind = kind_of(nnx.state(model.tower))
     if kind != "float32":
         facts["frozen"] = kind
-    columns = (*Progress.get_default_columns()[:3], TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, disable=quiet, transient=True, console=Console(stderr=True)) as bar:
+    with _bar(quiet) as bar:
         task = bar.add_task(f"features of {source.path} {source.split}", total=len(prepared))
         return cached_features(
             model.tower,
+            pixels,
             read,
             len(prepared),
             folder=root / FEATURES,
             facts=facts,
-            show=lambda done, _: bar.update(task, completed=done),
+            dtype=run.train.feature_cache,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            threads=run.data.threads,
+            wait=wait,
+            show=lambda done, num: bar.update(task, completed=done, total=num),
         )
 
 
@@ -132,8 +158,14 @@ def _assembled(run: Run, root: Path, frozen: str | None = None) -> tuple[Any, di
         start=run.train.weights,
         mesh=make_mesh(run.mesh),
         trainable=run.train.trainable,
+        lora=run.train.lora,
         frozen=frozen or run.train.frozen,
     )
+
+
+def _bar(quiet: bool) -> Progress:
+    columns = (*Progress.get_default_columns()[:3], TimeElapsedColumn(), TimeRemainingColumn())
+    return Progress(*columns, disable=quiet, transient=True, console=Console(stderr=True))
 
 
 def trained(run: Run, *, root: Path, out: Path, frozen: str | None = None) -> tuple[nnx.Module, dict[str, Any], int]:
@@ -167,7 +199,7 @@ def at(run: Run, model: nnx.Module, num_queries: int) -> tuple[Run, Vlm]:
     config = run.model
     assert isinstance(config, VlmConfig) and isinstance(config.compressor, CompressorConfig)
     smaller = replace(config, compressor=config.compressor.at(num_queries))
-    abstract = nnx.eval_shape(lambda: smaller.build(nnx.Rngs(0)))
+    abstract = nnx.eval_shape(lambda: build(smaller, lora=run.train.lora))
     different = mismatch(names.shapes(model), names.shapes(abstract), "leaves")
     if different is not None:
         raise ValueError(
@@ -188,10 +220,17 @@ def identify(run: Run, model_identity: dict[str, Any]) -> dict[str, Any]:
     return model_identity | data | train
 
 
-def _flops(run: Run) -> Callable[[int], float]:
-    """Useful FLOPs of one sample's step by its positions; 0 where the cost is not known analytically."""
+def _flops(run: Run) -> Callable[[int, int], float]:
+    """Useful FLOPs of one sample's step by its positions and supervised tokens; 0 where no formula is known."""
     config = run.model
     if not isinstance(config, VlmConfig):
-        return lambda positions: 0.0
-    trainable, cached, Q = run.train.trainable, run.train.feature_cache, config.num_queries
-    return lru_cache(lambda positions: training_flops(config, positions - Q, trainable, cached_features=cached))
+        return lambda positions, supervised: 0.0
+    how, Q = run.train, config.num_queries
+    return lambda positions, supervised: training_flops(
+        config,
+        positions - Q,
+        how.trainable,
+        lora=how.lora,
+        supervised=supervised,
+        cached_features=bool(how.feature_cache),
+    )

@@ -17,7 +17,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from tcjax.identity import content, dataset, file_hash
+
+__all__ = ["file_hash", "fingerprint", "from_dict", "to_dict", "write_json"]
+
 IS = "is"
+SOURCE = "tcjax.config:Source"
 
 
 def to_dict(value: Any) -> Any:
@@ -80,17 +85,12 @@ def write_json(path: Path, value: Any) -> None:
     beside.replace(path)
 
 
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file's bytes, as 64 hex digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def fingerprint(config: Any, root: Path) -> str:
-    """16 hex digits over the resolved config and the content of every file or prepared dataset it names below `root`."""
+    """16 hex digits over the resolved config and the content of every file or dataset it names below `root`."""
     resolved = to_dict(config)
-    contents = {text: digest for text in sorted(set(_strings(resolved))) if (digest := _content(root, text))}
-    text = json.dumps([resolved, contents], sort_keys=True, separators=(",", ":"))
+    contents = {text: digest for text in sorted(set(_strings(resolved))) if (digest := content(root, text))}
+    sources = {text: digest for text in sorted(set(_sources(resolved))) if (digest := dataset(root, text))}
+    text = json.dumps([resolved, contents | sources], sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -99,19 +99,16 @@ def _strings(value: Any) -> Iterator[str]:
         yield value
     elif isinstance(value, dict):
         for key, item in value.items():
-            if key not in (IS, "name"):
+            if key not in (IS, "name") and value.get(IS) != SOURCE:
                 yield from _strings(item)
     elif isinstance(value, list):
         for item in value:
             yield from _strings(item)
 
 
-def _content(root: Path, text: str) -> str:
-    path = root / text
-    if not text or not path.exists():
-        return ""
-    if path.is_file():
-        return file_hash(path)
-    # Names, sizes and record counts of every shard; of an artifact, the hash of every file.
-    facts = sorted(path.glob("prepared/**/dataset_info.json")) or sorted(path.glob("manifest.json"))
-    return hashlib.sha256("".join(file_hash(fact) for fact in facts).encode()).hexdigest() if facts else ""
+def _sources(value: Any) -> Iterator[str]:
+    if isinstance(value, dict) and value.get(IS) == SOURCE:
+        yield value["path"]
+    elif isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _sources(item)

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from tcjax.config import MeshConfig
 
@@ -47,7 +47,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
-def spec(axes: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+def spec(axes: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """The PartitionSpec of an array whose axes have these letters and this shape."""
     free, entries = set(MESH_AXES), []
     for letter, size in zip(axes, shape, strict=True):
@@ -88,20 +88,7 @@ def place(tree: Any, mesh: Mesh) -> Any:
     return jax.device_put(tree, shardings(tree, mesh))
 
 
-def spread(weights: Any, num: int) -> tuple[NamedSharding | None, NamedSharding | None]:
-    """For `num` rows that meet these weights: cut over the mesh that they lie on, and whole on each of its devices.
-
-    Rows that do not divide are whole on all. (None, None) for weights that lie on no mesh.
-    """
-    mesh = getattr(jax.tree.leaves(weights)[0].sharding, "mesh", None)
-    if mesh is None:
-        return None, None
-    whole = NamedSharding(mesh, PartitionSpec())
-    divides = num % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0
-    return (NamedSharding(mesh, PartitionSpec(("data", "fsdp"))) if divides else whole), whole
-
-
-def check_batch(batch: int, mesh: Mesh, accumulate: int = 1) -> None:
+def check_batch(batch: int, mesh: Mesh | AbstractMesh, accumulate: int = 1) -> None:
     """ValueError unless every device gets the same number of whole samples in every microbatch."""
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     if batch % (ways * accumulate):

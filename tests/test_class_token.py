@@ -27,7 +27,7 @@ RUN = Run(
     name="tiny/class",
     model=VlmConfig(tower=TOWER, compressor=QFORMER, llm=LLMS["llama"]),
     data=data_config(batch=8),
-    train=TrainConfig(steps=2, feature_cache=True, save_every=2),
+    train=TrainConfig(steps=2, feature_cache="float32", save_every=2),
     evaluate=EvaluateConfig(source=Source(path=SOURCE.path, split="test"), boards=2, batch=4, controls=("blank",)),
 )
 

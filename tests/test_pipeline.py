@@ -147,13 +147,13 @@ def test_a_batch_holds_what_lies_on_disk(project):
     prepared, chat = open_source(project, SOURCE), Chat(vocabulary.tokenizer())
     assert batch.images_BYX3.shape == (4, 64, 64, 3)
     assert batch.tokens_BS.shape == (4, Q + 144)
+    assert batch.images_BYX3.dtype == np.uint8 and batch.grids_B2 is None
     assert batch.features_BNC is None
     assert batch.patch_labels_BNL is None
     for b, index in enumerate(batch.index_B):
         record = prepared[int(index)]
         with Image.open(io.BytesIO(record.images[0])) as image:
-            np.testing.assert_allclose(batch.images_BYX3[b], np.asarray(image) / 127.5 - 1, atol=1e-6)
-        np.testing.assert_array_equal(batch.images_BYX3[b], images.of(record, PIXELS))
+            np.testing.assert_array_equal(batch.images_BYX3[b], np.asarray(image))
         row = chat.render(record.turns, num_queries=Q, text_length=144)
         for name in ("tokens", "is_image", "supervised", "valid"):
             np.testing.assert_array_equal(getattr(batch, f"{name}_BS")[b], getattr(row, f"{name}_S"))

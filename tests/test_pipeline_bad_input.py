@@ -15,6 +15,7 @@ from tcjax.pipeline import images, input, prepare
 from tcjax.pipeline.chat import Chat, Template, Turn, load_tokenizer
 from tcjax.pipeline.input import make_input
 from tcjax.pipeline.questions import questions
+from tcjax.pipeline.samples import Samples
 from tcjax.pipeline.source import BrokenShard, open_source
 from tcjax.pipeline.verify import verify
 from tests.tiny_boards import FOLDER, PIXELS, SOURCE, data_config, make_own, make_project
@@ -61,7 +62,7 @@ def test_unreadable_images_are_skipped_counted_named_and_resumable(project):
 
 def test_too_many_unreadable_images_stop_the_run(project):
     batches = make_input(own_config(max_corrupt=0.01), PIXELS, Q, root=project)
-    with pytest.raises(input.TooManyCorrupt, match=r"2 of \d+ images.*max_corrupt=0.01.*'own-43', 'own-83'"):
+    with pytest.raises(input.TooManyCorrupt, match=r"2 of \d+ samples.*max_corrupt=0.01.*'own-43', 'own-83'"):
         take(batches, 28)
 
 
@@ -72,11 +73,11 @@ def test_a_share_that_only_chance_explains_does_not_stop_the_run():
         def __len__(self):
             return 10_000
 
-    samples = input.Samples(Readable(), None, data_config(max_corrupt=0.01), PIXELS, Q)
+    samples = Samples(Readable(), None, data_config(max_corrupt=0.01), PIXELS, Q)
     samples._seen[:100] = True
     for index in range(4):  # 1 expected, 1 + 3 allowed
         samples._count(index, images.CorruptImage(f"x-{index}", "cut short"))
-    with pytest.raises(input.TooManyCorrupt, match="5 of 100 images"):
+    with pytest.raises(input.TooManyCorrupt, match="5 of 100 samples"):
         samples._count(4, images.CorruptImage("x-4", "cut short"))
 
 

@@ -55,7 +55,7 @@ def runs(queries=(4,), compressors=("avg_pool", "resampler"), seeds=1, steps=4):
             name=f"tiny/{name}-{num}-s{seed}",
             model=VlmConfig(tower=TOWER, compressor=CATALOGUE[name](num), llm=LLM),
             data=DataConfig(sources=(SOURCE,), tokenizer="tokenizer.json", batch=8, threads=0),
-            train=TrainConfig(steps=steps, seed=seed, feature_cache=True, log_every=1, save_every=1),
+            train=TrainConfig(steps=steps, seed=seed, feature_cache="float32", log_every=1, save_every=1),
             evaluate=EvaluateConfig(source=Source(path="data/digit_boards", split="test"), boards=4, batch=8),
         )
         for seed in range(seeds) for name in compressors for num in queries
@@ -152,16 +152,16 @@ def test_equal_prompts_are_asked_once_with_room_for_the_longest_answer(project):
     assert set(length[rows]) >= {length[asked.task_B == "caption"].max()}
 
 
-@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("cached", ["float32", ""])
 def test_questions_about_an_unreadable_image_are_not_asked_and_the_image_is_named(
     study, project, tmp_path, monkeypatch, cached
 ):
-    def spoiled(encoded, pixels, image_id, decode=images.decode):
+    def spoiled(encoded, pixels, image_id, read=images.read):
         if image_id == "test-00001":
             raise images.CorruptImage(image_id, "cut short")
-        return decode(encoded, pixels, image_id)
+        return read(encoded, pixels, image_id)
 
-    monkeypatch.setattr(images, "decode", spoiled)
+    monkeypatch.setattr(images, "read", spoiled)
     monkeypatch.setattr(job, "FEATURES", str(tmp_path / "features"))
     run = load_run(study / "avg_pool-4-s0")
     model, identity, _ = job.trained(run, root=project, out=study / "avg_pool-4-s0")

@@ -116,10 +116,13 @@ def test_every_logged_line_has_the_promised_fields(tmp_path):
     go(tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     promised = "step loss accuracy grad_norm learning_rate images_per_second supervised_tokens_per_second "
-    promised += "host_wait_share useful_flops_per_second seconds"
+    promised += "host_wait_share padding_share useful_flops_per_second seconds dropped_turns"
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert all(set(line) == set(promised.split()) for line in lines)
     assert all(0 <= line["host_wait_share"] <= 1 for line in lines)
+    assert [line["dropped_turns"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    padding = [1 - batch_at(step).valid_BS.mean() for step in range(1, 7)]
+    np.testing.assert_allclose([line["padding_share"] for line in lines], padding)
     positions = [round(batch_at(step).valid_BS.sum() / 8) for step in range(1, 7)]  # of a sample; padding is no work
     np.testing.assert_allclose(
         [line["useful_flops_per_second"] / line["images_per_second"] for line in lines], [1e3 * n for n in positions]

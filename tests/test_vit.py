@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 from configs import towers
 from tcjax.config import Pixels
 from tcjax.interop import names
-from tcjax.towers import vit
+from tcjax.towers import layouts, vit
 from tcjax.towers.vit import VitConfig
 
 CLIP = VitConfig(
@@ -98,7 +98,7 @@ def case(request, tmp_path_factory):
 
 def loaded(cfg: VitConfig, tensors: dict[str, np.ndarray]) -> vit.Vit:
     tower = cfg.build(nnx.Rngs(0))
-    names.assign(tower, names.from_torch(tensors, vit.names(cfg), names.shapes(tower), ignore=vit.ignore(cfg)))
+    names.assign(tower, names.from_torch(tensors, layouts.names(cfg), names.shapes(tower), ignore=layouts.ignore(cfg)))
     return tower
 
 
@@ -123,14 +123,14 @@ def test_tokens_are_those_of_the_published_class(case):
 
 def test_every_published_tensor_has_one_leaf_or_is_ignored_by_name(case):
     cfg, _, tensors = case
-    table, leaves = vit.names(cfg), names.shapes(cfg.build(nnx.Rngs(0)))
+    table, leaves = layouts.names(cfg), names.shapes(cfg.build(nnx.Rngs(0)))
     assert sorted(name.jax for name in table) == sorted(leaves)
     used = {
         name.torch.replace("{L}", str(layer))
         for name in table
         for layer in range(cfg.num_blocks if "{L}" in name.torch else 1)
     }
-    dropped = {key for key in tensors if any(re.fullmatch(pattern, key) for pattern in vit.ignore(cfg))}
+    dropped = {key for key in tensors if any(re.fullmatch(pattern, key) for pattern in layouts.ignore(cfg))}
     assert used.isdisjoint(dropped)
     assert used | dropped == set(tensors)
 
@@ -138,7 +138,7 @@ def test_every_published_tensor_has_one_leaf_or_is_ignored_by_name(case):
 def test_import_undoes_export_bit_for_bit(case):
     cfg, _, tensors = case
     tower = loaded(cfg, tensors)
-    published = names.to_torch(names.flatten(tower), vit.names(cfg))
+    published = names.to_torch(names.flatten(tower), layouts.names(cfg))
     for key, tensor in published.items():
         np.testing.assert_array_equal(tensor, tensors[key], err_msg=key, strict=True)
     again = loaded(cfg, published)

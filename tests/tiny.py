@@ -94,6 +94,12 @@ class Batches:
     def set_state(self, state: dict) -> None:
         self.step = state["step"]
 
+    def counts(self) -> dict[str, int]:
+        return {"dropped_turns": self.step}
+
+    def report(self) -> str:
+        return f"left out: {self.step} turns"
+
 
 def losses(out: Path) -> list[float]:
     """The logged losses of a run's folder."""
@@ -112,6 +118,6 @@ def go(out: Path, run: Run | None = None, *, batches=None, identity=IDENTITY, mo
         root=Path(__file__).parents[1],
         out=out,
         identity=identity,
-        flops=lambda positions: 1e3 * positions,
+        flops=lambda positions, supervised: 1e3 * positions,
         quiet=True,
     )

@@ -27,6 +27,7 @@ class Widths:
     frames: images that are compressed together, the frames of a video; their tokens follow one another.
     levels: how many earlier layers of the tower come along, each of width vision_C.
     extra: tokens before the grid's, the class token where the tower keeps it.
+    ragged: every image has a grid of its own, of at most grid_HW = (1, N) tokens; `Context.valid_BN` says how many.
     """
 
     grid_HW: tuple[int, int]
@@ -36,6 +37,7 @@ class Widths:
     frames: int = 1
     levels: int = 0
     extra: int = 0
+    ragged: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -209,7 +211,13 @@ def one_image(widths: Widths) -> tuple[int, int]:
 
 
 def only_grid(widths: Widths) -> None:
-    """ValueError if tokens come before the grid's, which a compressor that reads a grid has no place for."""
+    """ValueError for a tower without one fixed grid, or with tokens before it: a compressor of a grid has no place for them."""
+    if widths.ragged:
+        raise ValueError(
+            f"this compressor reads one fixed grid, and the tower hands over images of any shape, up to N={widths.num_tokens} "
+            f"tokens on a grid of each image's own (Pixels.geometry='naflex'). Use a compressor that reads any number of tokens "
+            f"(resampler, qformer, query_merge), or a tower of fixed resolution."
+        )
     if widths.extra:
         height, width = widths.grid_HW
         raise ValueError(

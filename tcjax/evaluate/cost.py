@@ -1,7 +1,7 @@
 """What an image costs: prefill FLOPs of tower, compressor and LLM, KV cache bytes, and useful training FLOPs.
 
     LLM at n tokens     2 L (n (2 D K A + 2 D J A + 3 D F) + 2 n^2 K A)          n = Q visual + T text tokens
-    tower at S tokens   2 N P C + 2 L (S (4 C^2 + 2 C F) + 2 S^2 C)              S = N + class token
+    tower at S tokens   2 N P C + 2 L (S (4 C^2 + 2 C F) + 2 S^2 C)              S = N + class token + registers
     compressor          counted on its own jaxpr (tcjax/evaluate/flops.py), so a new compressor needs no formula
     KV cache            2 L J A n bytes_per_value
 
@@ -11,13 +11,15 @@ are left out.
 
 Training, per sample (Chowdhery et al. 2022, "PaLM", appendix B, extended to frozen parts): a matrix of weights costs
 its forward once, once more where the gradient passes through to something that learns before it, and once more where
-it learns itself: 6 N FLOPs per token if it learns, 4 N if it is frozen behind the compressor, 2 N before it.
+it learns itself: 6 N FLOPs per token if it learns, 4 N if it is frozen behind the compressor, 2 N before it. A LoRA of
+U (in + out) weights beside a frozen kernel costs 6 U (in + out), the kernel 4 N; served, it is merged and costs nothing.
 Attention has two moving sides: three times its forward wherever the gradient passes, once elsewhere.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import NamedTuple
 
 import jax
@@ -25,8 +27,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from tcjax.compressors.base import CompressorConfig, Context, Widths
+from tcjax.config import LoraConfig
 from tcjax.evaluate.flops import matmul_flops
 from tcjax.llms.decoder import LlmConfig
+from tcjax.nn.lora import PART
+from tcjax.towers.dual import DualConfig
 from tcjax.towers.vit import VitConfig
 from tcjax.vlm import VlmConfig
 
@@ -88,21 +93,35 @@ def llm_flops(llm: LlmConfig, tokens: int) -> Flops:
     return Flops(2 * llm.layers * n * per_token, 2 * llm.layers * 2 * n**2 * llm.heads * A)
 
 
+def lora_flops(llm: LlmConfig, lora: LoraConfig, tokens: int) -> int:
+    """Forward of the updates, not merged: 2 U (in + out) per token and layer that has one."""
+    D, F, E, I = llm.width, llm.feed_forward, llm.heads * llm.head_width, llm.kv_heads * llm.head_width
+    both = {"query": D + E, "key": D + I, "value": D + I, "out": E + D, "gate": D + F, "up": D + F, "down": F + D}
+    return 2 * tokens * llm.layers * lora.rank * sum(both[target] for target in set(lora.targets))
+
+
 def head_flops(llm: LlmConfig, positions: int) -> int:
     """Logits over the vocabulary: at 1 position to generate, at every position to train."""
     return 2 * positions * llm.width * llm.vocab
 
 
-def tower_flops(tower: VitConfig) -> Flops:
-    """The blocks that are run, and the patch embedding. All 24 blocks of CLIP-L/336 at 577 tokens: 2 * 190.6e9."""
+def tower_flops(tower: VitConfig | DualConfig) -> Flops:
+    """The blocks that are run, and the patch embedding. All 24 blocks of CLIP-L/336 at 577 tokens: 2 * 190.6e9.
+
+    An image of any shape counts as the most patches it can have, a dual tower as both.
+    """
+    if isinstance(tower, DualConfig):
+        first, second = map(tower_flops, tower.towers)
+        return Flops(first.weights + second.weights, first.attention + second.attention)
     (H, W), C, L = tower.grid_HW, tower.width, tower.num_blocks
     N = H * W
-    S = N + tower.class_token
+    S = N + tower.num_prefix
     embedding = 2 * N * 3 * tower.patch**2 * C
     blocks = 2 * L * S * (4 * C**2 + 2 * C * tower.feed_forward)
     return Flops(embedding + blocks, 2 * L * 2 * S**2 * C)
 
 
+@cache
 def compressor_flops(config: CompressorConfig, widths: Widths) -> int:
     """One image through the compressor, built abstractly: no weights, whatever the size."""
     graphdef, state = nnx.split(nnx.eval_shape(lambda: config.build(widths, nnx.Rngs(0))))
@@ -131,24 +150,33 @@ def kv_cache_bytes(tokens: int, llm: LlmConfig, bytes_per_value: int = 2) -> int
 
 
 def training_flops(
-    config: VlmConfig, text_tokens: int, trainable: Sequence[str] = ("compressor",), *, cached_features: bool = False
+    config: VlmConfig,
+    text_tokens: int,
+    trainable: Sequence[str] = ("compressor",),
+    *,
+    lora: LoraConfig | None = None,
+    supervised: int | None = None,
+    cached_features: bool = False,
 ) -> int:
     """Useful FLOPs of one sample's step: what the mathematics needs, nothing recomputed, no padding.
 
     Args:
         text_tokens: all positions that are not visual.
-        trainable: parts that learn, as in `TrainConfig.trainable`.
+        trainable: parts that learn, as in `TrainConfig.trainable`. lora: as in `TrainConfig.lora`.
+        supervised: positions that meet the vocabulary; None is all of them, visual ones too.
         cached_features: the tower's tokens come from the feature cache, so the tower costs nothing.
     """
     compressor: CompressorConfig = config.compressor  # pyright: ignore[reportAssignmentType]
     sequences = [Q + text_tokens for Q in config.averaged_over or (config.num_queries,)]
     each = [llm_flops(config.llm, S) for S in sequences]
+    asked = sum(sequences) if supervised is None else len(sequences) * supervised
     blocks = Flops(sum(flops.weights for flops in each), sum(flops.attention for flops in each))
     # The compressor's few attention FLOPs count as weights: it nearly always learns, and then both weigh 3.
     parts = {
         "tower": Flops(0, 0) if cached_features else tower_flops(config.seen),
         "compressor": Flops(compressor_flops(compressor, config.widths), 0),
-        "llm": Flops(blocks.weights + head_flops(config.llm, sum(sequences)), blocks.attention),
+        **({PART: Flops(lora_flops(config.llm, lora, sum(sequences)), 0)} if lora else {}),  # inside the LLM
+        "llm": Flops(blocks.weights + head_flops(config.llm, asked), blocks.attention),
     }
     unknown = sorted(set(trainable) - set(parts))
     if unknown:

@@ -44,7 +44,7 @@ def _vision(tower: VitConfig) -> dict[str, Any]:
 def _why_not(facts: dict, config: VlmConfig) -> str:
     if "extra" not in facts:
         return "it reads the tower's class token too; train with qformer.Config(class_token=True)"
-    return hosts.why_not_behind_norm(config.seen) or stock.why_not_all_queries(facts, "queries")
+    return hosts.why_not_behind_norm(config.one_tower) or stock.why_not_all_queries(facts, "queries")
 
 
 def _config(facts: dict, config: VlmConfig) -> dict[str, Any]:

@@ -44,19 +44,18 @@ def why_not(run: Run) -> str:
         return f"no stock class computes {facts['family']}; hf-remote holds it with its own code"
     if facts["frames"] != 1:
         return f"{host.name} reads images, not videos of {facts['frames']} frames"
-    reasons = (
-        hosts.why_no_tower(config.seen, after_norm=host.after_norm, classes=host.towers),
-        hosts.why_no_llm(config.llm),
-        host.why_not(facts, config),
+    reason = (
+        hosts.why_no_tower(config.seen, after_norm=host.after_norm, classes=host.towers)
+        or hosts.why_no_llm(config.llm)
+        or host.why_not(facts, config)
     )
-    reason = next((reason for reason in reasons if reason), "")
     return f"{host.name}: {reason}" if reason else ""
 
 
 def export(run: Run, model: Vlm, identity: dict[str, Any], *, out: Path, root: Path, rows: Sequence[dict] = ()) -> Path:
     config, facts = run.model, origin.facts(run)
     assert isinstance(config, VlmConfig)
-    host, tower = _host(facts), config.seen
+    host, tower = _host(facts), config.one_tower
     assert host is not None
     chat = hf_folder.chat_of(run, root)
     ids = hf_folder.token_ids(chat)
@@ -117,9 +116,9 @@ def _llava_why_not(facts: dict, config: VlmConfig) -> str:
 
 def _idefics3_why_not(facts: dict, config: VlmConfig) -> str:
     """Idefics2 and 3 build a SigLIP of their own and read it behind its last norm."""
-    if reason := hosts.why_not_behind_norm(config.seen):
+    if reason := hosts.why_not_behind_norm(config.one_tower):
         return reason
-    side = config.seen.full_HW[0]
+    side = config.one_tower.full_HW[0]
     if side in MISCOUNTED or side >= COUNTED:
         return f"transformers rounds positions of a {side} x {side} grid in this class to those of their neighbours"
     return ""
@@ -158,7 +157,7 @@ LLAVA = Host(
         "image_seq_length": facts["num_queries"],
         "projector_hidden_act": facts["activation"],
         "multimodal_projector_bias": True,
-        **_strategy(config.seen),
+        **_strategy(config.one_tower),
     },
     key=lambda key: f"multi_modal_projector.linear_{1 + int(key[0]) // 2}{key[1:]}",
     tower="vision_tower.",
@@ -214,7 +213,7 @@ INTERNVL = Host(
         "image_seq_length": facts["num_queries"],
         "downsample_ratio": 1 / facts["factor"],
         "projector_hidden_act": facts["activation"],
-        **_strategy(config.seen),
+        **_strategy(config.one_tower),
     },
     key=_internvl_key,
     tower="vision_tower.",

@@ -53,7 +53,7 @@ def export(run: Run, model: Vlm, identity: dict[str, Any], *, out: Path, root: P
     config, facts = run.model, origin.facts(run)
     assert isinstance(config, VlmConfig)
     chat = hf_folder.chat_of(run, root)
-    ids, tower = hf_folder.token_ids(chat), config.seen
+    ids, tower = hf_folder.token_ids(chat), config.one_tower
     compressor = hosts.compressor_tensors(model.compressor, config.compressor, config.widths)
     weights = {f"model.multi_modal_projector.{key}": tensor for key, tensor in compressor.items()}
     weights |= {f"model.vision_tower.{key}": tensor for key, tensor in _tower(model, tower, root).items()}

@@ -20,6 +20,7 @@ from tcjax.export.artifact import finite
 from tcjax.export.certificate import versions
 from tcjax.export.folder import fresh, seal, to_json
 from tcjax.interop import names, tensors
+from tcjax.towers.dual import DualConfig
 
 KIND = "LLaVA projector"
 
@@ -30,6 +31,8 @@ def why_not(run: Run) -> str:
     if origin.family(run) != "mlp":
         return f"LLaVA builds linear and mlpNx_gelu projectors only, not {origin.family(run)}"
     tower = run.model.seen  # pyright: ignore[reportAttributeAccessIssue]
+    if isinstance(tower, DualConfig):
+        return "LLaVA has one tower, this run two side by side"
     if tower.norms_last:
         return "LLaVA reads the tower before its last norm, this one is read after it (feature_layer=-1 with post_norm)"
     if importlib.util.find_spec("torch") is None:

@@ -9,6 +9,7 @@ from tcjax.compressors.base import CompressorConfig
 from tcjax.config import Run
 from tcjax.export.families import has_twin, twins
 from tcjax.record import to_dict
+from tcjax.towers.dual import DualConfig
 from tcjax.train.log import commit
 from tcjax.vlm import VlmConfig
 
@@ -39,15 +40,21 @@ def provenance(run: Run, identity: dict[str, Any], root: Path) -> dict[str, Any]
     """Tower and LLM with content hashes, feature layer, preprocessing, training config, commit."""
     config = run.model
     assert isinstance(config, VlmConfig)
+    towers = config.seen.towers if isinstance(config.seen, DualConfig) else (config.seen,)
+    layers = [tower.feature_layer for tower in towers]
     return {
         "run": run.name,
         "commit": commit(root),
         "tower": identity["tower.weights"],
         "llm": identity["llm.weights"],
-        "feature_layer": config.seen.feature_layer,
+        "feature_layer": layers if len(layers) > 1 else layers[0],
         "levels": list(config.seen.levels),
-        "image_resized_to_grid": config.seen.shrunk_HW,
-        "class_token": "kept" if config.seen.keep_class else "dropped" if config.seen.class_token else "none",
+        "image_resized_to_grid": towers[0].shrunk_HW,
+        "class_token": "kept"
+        if config.seen.keep_class
+        else "dropped"
+        if any(tower.class_token for tower in towers)
+        else "none",
         "pixels": to_dict(config.seen.pixels),
         "train": to_dict(run.train),
         "data": to_dict(run.data),

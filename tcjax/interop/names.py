@@ -93,6 +93,7 @@ OPS = {
     # kernel [in, out] <-> 1 x 1 convolution [out, in, 1, 1]
     "conv1x1": Op(lambda kernel: kernel.T[:, :, None, None], lambda weight: weight[:, :, 0, 0].T),
     "unsqueeze": Op(lambda leaf: leaf[None], lambda tensor: tensor[0]),  # [...] <-> [1, ...]
+    "unsqueeze twice": Op(lambda leaf: leaf[None, None], lambda tensor: tensor[0, 0]),  # [...] <-> [1, 1, ...]
     "middle": Op(lambda leaf: leaf[:, None], lambda tensor: tensor[:, 0]),  # [n, ...] <-> [n, 1, ...]
 }
 

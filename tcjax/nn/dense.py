@@ -18,6 +18,25 @@ fan_in_normal = initializers.variance_scaling(1.0, "fan_in", "normal")
 torch_uniform = initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
+class Dense(nnx.Linear):
+    """y = x @ kernel + bias, and what an attached update adds (tcjax.nn.lora). axes: of the kernel, without a stack's L.
+
+    A frozen kernel may also be `Quantised`.
+    """
+
+    axes: str
+    lora: Any = None
+
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        kernel = self.kernel.get_value()
+        if isinstance(kernel, Quantised):
+            out = _times(inputs, kernel)
+            out = out if self.bias is None else out + self.bias[...].astype(out.dtype)
+        else:
+            out = super().__call__(inputs)
+        return out if self.lora is None else out + self.lora(inputs)
+
+
 def dense(
     axes: str,
     num_in: int,
@@ -26,9 +45,9 @@ def dense(
     bias: bool = True,
     init: jax.nn.initializers.Initializer = fan_in_normal,
     rngs: nnx.Rngs,
-) -> nnx.Linear:
+) -> Dense:
     """y = x @ kernel + bias with float32 parameters; `axes` names the kernel's letters, e.g. "CD"."""
-    return Dense(
+    layer = Dense(
         num_in,
         num_out,
         use_bias=bias,
@@ -38,17 +57,8 @@ def dense(
         dot_general=_dot_general,
         rngs=rngs,
     )
-
-
-class Dense(nnx.Linear):
-    """nnx.Linear whose kernel may also be `Quantised`, where it is frozen."""
-
-    def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
-        kernel = self.kernel.get_value()
-        if not isinstance(kernel, Quantised):
-            return super().__call__(inputs, out_sharding)
-        y = _times(inputs, kernel)
-        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+    layer.axes = axes
+    return layer
 
 
 @jax.checkpoint  # what is kept for the backward pass are the codes, not the floats made of them

@@ -27,15 +27,15 @@ def stack(make: Callable[[nnx.Rngs], nnx.Module], num: int, rngs: nnx.Rngs) -> n
     return block
 
 
-def run(blocks: nnx.Module, step: Callable, carry, *, inputs=None, num: int | None = None):
-    """`carry, outputs = step(block, carry, input)` through the first `num` layers (all if None).
+def run(blocks: nnx.Module, step: Callable, carry, *, inputs=None, start: int = 0, num: int | None = None):
+    """`carry, outputs = step(block, carry, input)` through `num` layers from layer `start` on (all others if None).
 
     Returns:
         The last carry and the outputs stacked on a leading L axis, as `lax.scan` does.
     """
     graphdef, state = nnx.split(blocks)
-    if num is not None:
-        state = jax.tree.map(lambda leaf_L: leaf_L[:num], state)
+    if start or num is not None:
+        state = jax.tree.map(lambda leaf_L: leaf_L[start : None if num is None else start + num], state)
 
     def body(carry, layer):
         block_state, layer_input = layer

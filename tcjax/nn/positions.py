@@ -1,4 +1,4 @@
-"""Fixed position tables of the visual resamplers, and torch's bicubic and bilinear ways to resize a grid.
+"""Fixed position tables of the visual resamplers, and torch's ways to resize a grid: bicubic or bilinear, antialiased or not.
 
     table(r, c) = [sin(c w), cos(c w), sin(r w), cos(r w)]        w_k = 10000^(-k / (E / 4)), k = 0 ... E / 4 - 1
 
@@ -9,10 +9,13 @@ is the column). Positions are integer patch indices from 0. All of it is numpy: 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 
-_A = -0.75  # torch's bicubic; jax.image.resize uses -0.5
+_A = -0.75  # torch's bicubic; antialiased, torch's too is Keys' own -0.5, and so is that of jax.image.resize
+_A_ANTIALIASED = -0.5
 
 
 def sincos_2d(grid_HW: tuple[int, int], width: int) -> np.ndarray:
@@ -51,7 +54,7 @@ def bicubic_matrix(num_in: int, num_out: int) -> np.ndarray:
         source = (i + 0.5) * num_in / num_out - 0.5
         first = int(np.floor(source))
         for tap in range(first - 1, first + 3):
-            matrix[i, min(max(tap, 0), num_in - 1)] += _cubic(abs(source - tap))
+            matrix[i, min(max(tap, 0), num_in - 1)] += _cubic(abs(source - tap), _A)
     return matrix.astype(np.float32)
 
 
@@ -74,10 +77,29 @@ def bilinear_matrix(num_in: int, num_out: int) -> np.ndarray:
     return matrix.astype(np.float32)
 
 
-def _cubic(distance: float) -> float:
+def antialiased_matrix(num_in: int, num_out: int, kernel: Callable[[float], float]) -> np.ndarray:
+    """float32 [num_out, num_in]: torch's interpolate(antialias=True), a kernel as wide as what it averages.
+
+    Taps outside the table are left out and the others weigh more. Growing, it is the kernel alone.
+    """
+    scale = num_in / num_out
+    source_O = scale * (np.arange(num_out) + 0.5)
+    distance_OI = np.abs(np.arange(num_in) + 0.5 - source_O[:, None]) / max(scale, 1.0)
+    matrix = np.vectorize(kernel, otypes=[np.float64])(distance_OI)
+    return (matrix / matrix.sum(1, keepdims=True)).astype(np.float32)
+
+
+def _cubic(distance: float, a: float) -> float:
     """Keys' kernel."""
     if distance <= 1:
-        return ((_A + 2) * distance - (_A + 3)) * distance**2 + 1
+        return ((a + 2) * distance - (a + 3)) * distance**2 + 1
     if distance < 2:
-        return ((distance - 5) * distance + 8) * distance * _A - 4 * _A
+        return ((distance - 5) * distance + 8) * distance * a - 4 * a
     return 0.0
+
+
+RESIZES: dict[str, Callable[[int, int], np.ndarray]] = {
+    "bicubic": bicubic_matrix,
+    "bicubic antialiased": partial(antialiased_matrix, kernel=partial(_cubic, a=_A_ANTIALIASED)),
+    "bilinear antialiased": partial(antialiased_matrix, kernel=lambda distance: max(1.0 - distance, 0.0)),
+}

@@ -22,6 +22,10 @@ from tcjax.config import Template
 from tcjax.pipeline.sample import Turn
 
 
+class Unsupervised(ValueError):
+    """No answer of a conversation fits: there would be nothing to learn from it."""
+
+
 class Composed(NamedTuple):
     """A conversation as ids, not padded. turn: 0 for begin mark and image, then 1, 2, ... per turn.
 
@@ -101,7 +105,8 @@ class Chat:
             name: of the sample, for error messages.
 
         Raises:
-            ValueError: no answer fits into `text_length`, or a word is unknown to the tokenizer.
+            Unsupervised: no answer fits into `text_length`.
+            ValueError: a word is unknown to the tokenizer.
         """
         ids, supervised, kept = list(self._begin), [False] * len(self._begin), 0
         turn, instruction = [0] * len(self._begin), ()
@@ -116,7 +121,7 @@ class Chat:
             instruction += self.instruction(question)
             turn += [kept] * (len(asked) + len(said))
         if not kept:
-            raise ValueError(
+            raise Unsupervised(
                 f"sample {name!r} has {len(turns)} turns and none fits: no supervised token within "
                 f"text_length={text_length}. Raise DataConfig.text_length or drop the sample."
             )

@@ -1,145 +1,45 @@
 """DataConfig -> an endless, resumable iterator of Batch. Order is a pure function of (seed, step, global batch).
 
-    every source: shuffle, reshuffle per epoch  ->  mix by weight  ->  [process :: processes]  ->  render  ->  batch
+    Place per position (order.py)  ->  Slot per row (order.py, grouping.py, packing.py)  ->  [process :: processes]
+        ->  read the row's samples (samples.py)  ->  lay them out (row.py)  ->  batch
 
-Process p of P takes the global positions p, p + P, ...: together the processes see the same global batch for every P.
-An unreadable image is replaced by the next readable one of its source, which keeps that order and exact resumption;
-each is counted and named, and a share above `DataConfig.max_corrupt` stops the run.
+Process p of P takes the global rows p, p + P, ...: together the processes see the same global batch for every P, also
+when P changes at a resume. Only rows that are handed out soon are read: planning reads lengths, no image.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import grain
 import numpy as np
 
 from tcjax.batch import Batch
-from tcjax.config import DataConfig, Pixels
-from tcjax.pipeline import images
-from tcjax.pipeline.chat import Chat, Template, fitted, load_tokenizer
-from tcjax.pipeline.sample import Record, Records
+from tcjax.config import DataConfig, Pixels, Source
+from tcjax.pipeline import lengths
+from tcjax.pipeline.chat import Chat, Template, load_tokenizer
+from tcjax.pipeline.grouping import Grouped, bucket_lengths
+from tcjax.pipeline.order import InOrder, Place, Plan, global_order
+from tcjax.pipeline.packing import Packed
+from tcjax.pipeline.row import Features, Layout
+from tcjax.pipeline.sample import Records
+from tcjax.pipeline.samples import KINDS, LABELS, ArrayFeatures, Samples, TooManyCorrupt, TooManyImages
 from tcjax.pipeline.source import open_source
 
-LABELS = ("digit_cells", "colour_cells")
+__all__ = ["Input", "TooManyCorrupt", "TooManyImages", "make_input"]
 
-# Images read before the share so far is judged; before that only an excess over the whole split stops the run.
-_ENOUGH = 100
-
-
-class TooManyCorrupt(ValueError):
-    """More unreadable images than `DataConfig.max_corrupt` allows."""
-
-
-class Samples:
-    """One source as random access to rows of a Batch (no batch axis yet); safe to read from several threads.
-
-    features: index in the split -> float32 [N, C] of the cached tower; a row of NaN stands for an unreadable image.
-    instructed: fill `instruction_BT`.
-    """
-
-    def __init__(
-        self,
-        prepared: Records,
-        chat: Chat,
-        data: DataConfig,
-        pixels: Pixels,
-        num_queries: int,
-        features: Sequence[np.ndarray] | np.ndarray | None = None,
-        patch: int | None = None,
-        labels: tuple[str, ...] = LABELS,
-        instructed: bool = False,
-    ):
-        if data.turns < 0:
-            raise ValueError(f"data.turns={data.turns}: takes a whole number from 1 up, or 0 for all turns.")
-        if patch is not None and not set(labels) <= set(prepared.label_names):
-            raise ValueError(f"{prepared.folder} has no dense labels {labels}; it has {prepared.label_names}.")
-        if features is not None and len(features) != len(prepared):
-            raise ValueError(f"{len(features)} cached features for the {len(prepared)} records of {prepared.split}.")
-        self.prepared, self.chat, self.data, self.pixels = prepared, chat, data, pixels
-        self.num_queries, self.features, self.patch, self.labels = num_queries, features, patch, labels
-        self.instructed = instructed
-        self.corrupt: dict[int, str] = {}
-        self.dropped_turns: dict[int, int] = {}
-        self._seen = np.zeros(len(prepared), bool)
-        self._lock = threading.Lock()
-
-    def __len__(self) -> int:
-        return len(self.prepared)
-
-    def __getitem__(self, index: int) -> Batch:
-        return self.draw(index, None)
-
-    def draw(self, index: int, random: np.random.Generator | None) -> Batch:
-        """The row of a record, or of the next readable one; `random` chooses its turns where `data.turns` wants some."""
-        for step in range(len(self)):
-            at = (index + step) % len(self)
-            if at in self.corrupt:
-                continue
-            try:
-                row = self._read(at, random)
-            except images.CorruptImage as error:
-                self._count(at, error)
-            else:
-                self._seen[at] = True
-                return row
-        raise TooManyCorrupt(f"no image of {self.prepared.folder} can be read.")
-
-    def _read(self, index: int, random: np.random.Generator | None) -> Batch:
-        record = self.prepared[index]
-        turns = record.turns
-        if random is not None and len(turns) > self.data.turns:
-            chosen = np.sort(random.permutation(len(turns))[: self.data.turns])
-            turns = [turns[i] for i in chosen]
-        image_YX3 = features_NC = labels_NL = None
-        if self.features is None:
-            image_YX3 = images.decode(record.images[0], self.pixels, record.image_id)
-        else:
-            features_NC = np.asarray(self.features[index])
-            if np.isnan(features_NC[0, 0]):
-                raise images.CorruptImage(record.image_id, "it had no readable pixels when its features were cached")
-        if self.patch is not None:
-            labels_NL = patch_labels(record, self.labels, self.pixels.size_YX, self.patch)
-        row = self.chat.render(
-            turns, num_queries=self.num_queries, text_length=self.data.text_length, name=record.image_id
-        )
-        if row.dropped:
-            self.dropped_turns[index] = row.dropped
-        return Batch(
-            row.tokens_S,
-            row.is_image_S,
-            row.supervised_S,
-            row.valid_S,
-            row.segment_S if self.data.independent_turns else None,
-            fitted(row.instruction, self.data.instruction_length) if self.instructed else None,
-            np.int32(index),
-            image_YX3,
-            features_NC,
-            labels_NL,
-        )
-
-    def _count(self, index: int, error: images.CorruptImage) -> None:
-        with self._lock:
-            self._seen[index] = True
-            self.corrupt[index] = error.image_id
-            bad, seen, allowed = len(self.corrupt), int(self._seen.sum()), self.data.max_corrupt
-        # Three standard deviations: a healthy dataset must not stop over one unlucky batch.
-        unlikely = seen >= _ENOUGH and bad > allowed * seen + 3 * (allowed * seen) ** 0.5
-        if unlikely or bad > allowed * len(self):
-            raise TooManyCorrupt(
-                f"{bad} of {seen} images read from {self.prepared.folder} ({self.prepared.split}, {len(self)} records) "
-                f"are unreadable, more than max_corrupt={allowed} allows: {sorted(self.corrupt.values())[:8]}. "
-                f"Run `tcjax data verify`, repair the images, or raise max_corrupt."
-            ) from error
+BATCHINGS = ("rows", "grouped", "packed")
 
 
 class Input:
     """The iterator. `get_state()` is a small JSON-able dict; after `set_state` the next batch is the same again."""
 
-    def __init__(self, batches: grain.DatasetIterator, samples: list[Samples]):
-        self._batches, self._samples = batches, samples
+    def __init__(self, batches: grain.DatasetIterator, samples: list[Samples], plan: Plan, batch: int):
+        self._batches, self._samples, self._plan, self._batch = batches, samples, plan, batch
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -148,22 +48,42 @@ class Input:
         return next(self._batches)
 
     def get_state(self) -> dict:
+        """next_index: global batches handed out; and where the plan goes on (`Plan.mark`)."""
         state = self._batches.get_state()
         assert isinstance(state, dict)
-        return state
+        return state | self._plan.mark(state["next_index"] * self._batch)
 
     def set_state(self, state: dict) -> None:
-        self._batches.set_state(state)
+        mark = {name: value for name, value in state.items() if name != "next_index"}
+        self._plan.seek(mark)
+        self._batches.set_state({"next_index": state["next_index"]})
+
+    @property
+    def skipped(self) -> dict[str, list[str]]:
+        """image_ids that were skipped so far, by kind (`samples.KINDS`)."""
+        found = sorted(bad for samples in self._samples for bad in samples.skipped.values())
+        return {kind: [name for of, name in found if of == kind] for kind in KINDS}
 
     @property
     def corrupt(self) -> list[str]:
-        """image_ids that were skipped so far."""
-        return sorted(name for samples in self._samples for name in samples.corrupt.values())
+        """image_ids of unreadable images met so far."""
+        return self.skipped["corrupt_images"]
 
     @property
     def dropped_turns(self) -> int:
         """Turns that did not fit into text_length, in the samples read so far; each sample counts once."""
         return sum(sum(samples.dropped_turns.values()) for samples in self._samples)
+
+    def counts(self) -> dict[str, int]:
+        """What was left out so far, for the log: every kind of skipped sample, and turns that did not fit."""
+        return {kind: len(names) for kind, names in self.skipped.items()} | {"dropped_turns": self.dropped_turns}
+
+    def report(self) -> str:
+        """One line about what was left out, "" if nothing was."""
+        parts = [f"{len(names)} {kind} ({_some(names)})" for kind, names in self.skipped.items() if names]
+        if self.dropped_turns:
+            parts.append(f"{self.dropped_turns} turns that did not fit")
+        return "left out: " + ", ".join(parts) if parts else ""
 
 
 def make_input(
@@ -174,71 +94,137 @@ def make_input(
     root: Path,
     process_index: int = 0,
     process_count: int = 1,
-    features: Sequence[np.ndarray] | np.ndarray | tuple | None = None,
+    features: Any = None,
     patch: int | None = None,
     labels: tuple[str, ...] = LABELS,
     template: Template = Template(),
     instructed: bool = False,
+    measuring: Callable[[Source, int, int], None] = lambda source, done, num: None,
 ) -> Input:
     """This process's share of every global batch.
 
     Args:
-        root: project root; the paths in `data` are relative to it.
-        features: index in the split -> float32 [N, C], random access (an array, a memory map); images are then not
-            decoded. For a mixture a tuple with one per source.
+        root: project root; the paths in `data` are relative to it, and measured lengths are kept below it.
+        features: `Features`, or an array [records, N, C] of random access (a memory map); images are then not decoded.
+            For a mixture a tuple with one per source.
         patch: patch size of the tower; given, `patch_labels_BNL` is filled from the dataset's `labels`.
         labels: which integer grids become the columns of `patch_labels_BNL`.
         instructed: the compressor is told the question: `instruction_BT` is filled.
+        measuring: called with (source, records done, records) while lengths are measured.
 
     Returns:
-        Input; batches of `data.batch / process_count` rows. `index_B` counts within the row's own source.
+        Input; batches of `data.batch / process_count` rows. `index_B` counts within the image's own source.
     """
+    _check(data, process_count, patch)
+    per_source = features if isinstance(features, tuple) else (features,)
+    if features is not None and len(per_source) != len(data.sources):
+        raise ValueError(f"{len(per_source)} feature caches for {len(data.sources)} sources; pass a tuple, one each.")
+    chat = Chat(load_tokenizer(root / data.tokenizer), template)
+    samples = []
+    for i, source in enumerate(data.sources):
+        prepared = open_source(root, source)
+        known = None
+        if data.batching != "rows":
+            known = lengths.measured(
+                prepared,
+                chat,
+                data,
+                folder=root / lengths.FOLDER,
+                facts=lengths.facts_of(root, source, data, template, len(prepared)),
+                show=partial(measuring, source),
+            )
+        cached = None if features is None else _readable(per_source[i], prepared)
+        samples.append(Samples(prepared, chat, data, pixels, num_queries, cached, patch, labels, known))
+    layout = Layout(
+        pixels=pixels,
+        pad_id=chat.pad_id,
+        slots=data.images,
+        parts="samples" if data.batching == "packed" else "turns" if data.independent_turns else "",
+        instruction_length=data.instruction_length if instructed else 0,
+        features=samples[0].features,
+    )
+    plan = _plan(data, samples, num_queries)
+    rows = grain.MapDataset.source(_Rows(plan, samples, layout, skipping=data.batching == "packed"))
+    share = rows[process_index::process_count].batch(data.batch // process_count, batch_fn=layout.batch)
+    reading = grain.ReadOptions(num_threads=data.threads, prefetch_buffer_size=2 * data.threads)
+    return Input(iter(share.to_iter_dataset(reading)), samples, plan, data.batch)
+
+
+class _Rows:
+    """The endless stream of rows as a data source of grain."""
+
+    def __init__(self, plan: Plan, samples: list[Samples], layout: Layout, *, skipping: bool):
+        self._plan, self._samples, self._layout, self._skipping = plan, samples, layout, skipping
+
+    def __len__(self) -> int:
+        return sys.maxsize // 2
+
+    def __getitem__(self, row: int) -> Batch:
+        slot = self._plan[row]
+        if self._skipping:
+            found = [self._samples[place.source].read(place) for place in slot.places]
+            return self._layout.row([sample for sample in found if sample is not None], slot.length)
+        (place,) = slot.places
+        source = self._samples[place.source]
+        if not slot.fits:
+            return self._layout.row([source.draw(place)], slot.length)
+        with_image = source.size(place)[1] > 0
+
+        def fits(other: Place) -> bool:
+            size, num = source.size(other)
+            return 0 < size <= slot.length and (num > 0) == with_image
+
+        return self._layout.row([source.draw(place, fits)], slot.length)
+
+
+def _plan(data: DataConfig, samples: list[Samples], num_queries: int) -> Plan:
+    stream = global_order([len(source) for source in samples], data.sources, seed=data.seed, turns=data.turns)
+    longest = data.images * num_queries + data.text_length
+    if data.batching == "rows":
+        return InOrder(stream, longest)
+
+    def size(place: Place) -> tuple[int, int]:
+        return samples[place.source].size(place)
+
+    if data.batching == "packed":
+        return Packed(stream, size, length=longest, slots=data.images, seed=data.seed)
+    every = np.concatenate([source.longest() for source in samples])
+    return Grouped(
+        stream.map(lambda place: samples[place.source].usable(place)),
+        size,
+        records=len(every),
+        batch=data.batch,
+        buckets=bucket_lengths(every, data.buckets, longest),
+        seed=data.seed,
+    )
+
+
+def _check(data: DataConfig, process_count: int, patch: int | None) -> None:
     if data.batch % process_count:
         raise ValueError(f"data.batch={data.batch} cannot be shared equally by {process_count} processes.")
     if not data.sources:
         raise ValueError("data.sources is empty; name at least one Source(path=..., split=...).")
     if any(source.weight <= 0 for source in data.sources):
         raise ValueError(f"source weights must be positive, got {[source.weight for source in data.sources]}.")
-    per_source = features if isinstance(features, tuple) else (features,)
-    if features is not None and len(per_source) != len(data.sources):
-        raise ValueError(f"{len(per_source)} feature caches for {len(data.sources)} sources; pass a tuple, one each.")
-    chat = Chat(load_tokenizer(root / data.tokenizer), template)
-    samples, streams = [], []
-    for i, source in enumerate(data.sources):
-        cached = None if features is None else per_source[i]
-        prepared = open_source(root, source)
-        samples.append(Samples(prepared, chat, data, pixels, num_queries, cached, patch, labels, instructed))
-        seed = int(np.random.SeedSequence([data.seed, i]).generate_state(1)[0])
-        stream = grain.MapDataset.source(range(len(samples[-1]))).shuffle(seed=seed).repeat()
-        read = samples[-1]
-        streams.append(stream.random_map(read.draw, seed=seed) if data.turns else stream.map(read.__getitem__))
-    mixed = streams[0]
-    if len(streams) > 1:
-        mixed = grain.MapDataset.mix(streams, weights=[source.weight for source in data.sources])
-    share = mixed[process_index::process_count].batch(
-        data.batch // process_count, batch_fn=lambda rows: stack(rows, pixels)
-    )
-    reading = grain.ReadOptions(num_threads=data.threads, prefetch_buffer_size=2 * data.threads)
-    return Input(iter(share.to_iter_dataset(reading)), samples)
+    if data.turns < 0:
+        raise ValueError(f"data.turns={data.turns}: takes a whole number from 1 up, or 0 for all turns.")
+    if data.batching not in BATCHINGS:
+        raise ValueError(f"data.batching={data.batching!r} is not one of {list(BATCHINGS)}.")
+    for name in ("images", "buckets"):
+        if getattr(data, name) < 1:
+            raise ValueError(f"data.{name}={getattr(data, name)}: takes a whole number from 1 up.")
+    if data.batching == "packed" and data.independent_turns:
+        raise ValueError(
+            "data.independent_turns shares one image among the turns of a row, and a packed row shares nothing among its "
+            'samples; use batching="rows" or "grouped", or turns=1, which draws one turn of every sample.'
+        )
+    if patch is not None and data.images > 1:
+        raise ValueError(f"dense labels belong to rows of one image, and data.images={data.images}.")
 
 
-def stack(rows: Sequence[Batch], pixels: Pixels) -> Batch:
-    """Rows -> Batch; pixels are normalised here, once per batch."""
-    columns = {}
-    for name in Batch._fields:
-        values = [getattr(row, name) for row in rows]
-        columns[name] = None if values[0] is None else np.stack(values)
-    if columns["images_BYX3"] is not None:
-        columns["images_BYX3"] = images.normalise(columns["images_BYX3"], pixels)
-    return Batch(**columns)
+def _readable(features: Any, prepared: Records) -> Features:
+    return features if callable(features) else ArrayFeatures(features, prepared)
 
 
-def patch_labels(record: Record, labels: tuple[str, ...], size_YX: tuple[int, int], patch: int) -> np.ndarray:
-    """int32 labels_NL: for each patch, row-major, 1 + the label of the cell its centre lies in, 0 where empty."""
-    grids = [np.asarray(record.fields[name]) for name in labels]
-    rows, columns = grids[0].shape
-    Y, X = size_YX
-    H, W = Y // patch, X // patch
-    row_N = ((np.arange(H) + 0.5) * patch * rows / Y).astype(int).repeat(W)
-    column_N = np.tile(((np.arange(W) + 0.5) * patch * columns / X).astype(int), H)
-    return np.stack([grid[row_N, column_N] + 1 for grid in grids], axis=-1).astype(np.int32)
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")

@@ -38,6 +38,13 @@ class BatchIterator(Protocol):
     def __next__(self) -> Batch: ...
     def get_state(self) -> dict: ...
     def set_state(self, state: dict) -> None: ...
+    def counts(self) -> dict[str, int]:
+        """What was left out so far, by kind: every logged line says it."""
+        ...
+
+    def report(self) -> str:
+        """One line about what was left out, "" if nothing was: the last thing a run says."""
+        ...
 
 
 class Stopped(SystemExit):
@@ -66,7 +73,7 @@ def train(
     root: Path,
     out: Path,
     identity: dict,
-    flops: Callable[[int], float] = lambda positions: 0.0,
+    flops: Callable[[int, int], float] = lambda positions, supervised: 0.0,
     quiet: bool = False,
 ) -> Outcome:
     """Train `run.train.trainable` of `model` for `run.train.steps` steps, from the newest checkpoint in `out` if there is one.
@@ -75,7 +82,8 @@ def train(
         root: project root, for the commit in env.json.
         out: the run's folder.
         identity: facts a checkpoint must agree with (model config, hashes of frozen weights).
-        flops: useful floating-point operations of one sample's step by its positions, padding left out, for the logged rate.
+        flops: useful floating-point operations of one sample's step by its positions, padding left out, and its supervised
+            tokens, for the logged rate.
 
     Raises:
         Stopped: after SIGTERM or SIGINT, the current step saved.
@@ -126,12 +134,17 @@ def train(
             if first:
                 reporter.say(f"{run.name}: resumed at step {first} of {config.steps}")
             pending: tuple[int, Metrics] | None = None
+            compiled = 1
             for step in range(first + 1, config.steps + 1):
                 with window.waiting():
                     read = next(batches)
                     batch = place_batch(read, mesh)
                 window.read(read)
                 state, metrics = step_fn(state, frozen, batch, np.int32(step))
+                if step_fn._cache_size() > compiled:  # pyright: ignore[reportAttributeAccessIssue]
+                    compiled += 1
+                    length = read.valid_BS.shape[1]
+                    reporter.say(f"{run.name}: step {step} has rows of {length} positions; compilation {compiled}")
                 if pending is not None:
                     judge(*pending)
                 pending = (step, metrics)
@@ -146,6 +159,7 @@ def train(
                             **values,
                             "learning_rate": float(np.asarray(rate(step - 1))),
                             **window.rates(),
+                            **batches.counts(),
                         }
                         metrics_file.write(line)
                         wandb_log(line)
@@ -158,6 +172,8 @@ def train(
                         f"{run.name}: signal {stop}; step {step} of {config.steps} is saved, run again to resume"
                     )
                     raise Stopped(128 + stop)
+            if left_out := batches.report():
+                reporter.say(f"{run.name}: {left_out}")
         checkpoints.wait()
     finally:
         metrics_file.close()
@@ -175,12 +191,13 @@ def train(
 class _Window:
     """Counts since the last logged line."""
 
-    def __init__(self, flops: Callable[[int], float]):
+    def __init__(self, flops: Callable[[int, int], float]):
         self._flops = flops
         self._restart()
 
     def _restart(self) -> None:
-        self.started, self.waited, self.images, self.tokens, self.positions = time.perf_counter(), 0.0, 0, 0.0, 0
+        self.started, self.waited, self.tokens = time.perf_counter(), 0.0, 0.0
+        self.images, self.samples, self.positions, self.padding = 0, 0, 0, 0
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -189,23 +206,35 @@ class _Window:
         self.waited += time.perf_counter() - begun
 
     def read(self, batch: Batch) -> None:
-        """Counts this process's share of a global batch: padding is no position."""
-        self.images += len(batch.valid_BS)
-        self.positions += int(np.sum(batch.valid_BS))
+        """Counts this process's share of a global batch: padding is no position, a blank slot no image."""
+        self.images += len(batch.valid_BS) if batch.index_B is None else int(np.sum(batch.index_B >= 0))
+        self.samples += num_samples(batch)
+        positions = int(np.sum(batch.valid_BS))
+        self.positions += positions
+        self.padding += batch.valid_BS.size - positions
 
     def rates(self) -> dict[str, float]:
-        """images and supervised tokens per second, share of the time spent waiting for the host, useful FLOP/s."""
+        """images and supervised tokens per second, share of the time spent waiting for the host, of padding, FLOP/s."""
         seconds, processes = max(time.perf_counter() - self.started, 1e-9), jax.process_count()
-        flops = self._flops(round(self.positions / max(self.images, 1)))
+        samples = max(self.samples, 1)
+        flops = self._flops(round(self.positions / samples), round(self.tokens / (processes * samples)))
         line = {
             "images_per_second": processes * self.images / seconds,
             "supervised_tokens_per_second": self.tokens / seconds,
             "host_wait_share": self.waited / seconds,
-            "useful_flops_per_second": processes * self.images * flops / seconds,
+            "padding_share": self.padding / max(self.padding + self.positions, 1),
+            "useful_flops_per_second": processes * self.samples * flops / seconds,
             "seconds": seconds,
         }
         self._restart()
         return line
+
+
+def num_samples(batch: Batch) -> int:
+    """Conversations in a batch: one per row, or, in packed rows (which have no segment 0), as many as segments."""
+    if batch.segment_BS is None or np.any(batch.valid_BS & (batch.segment_BS == 0)):
+        return len(batch.valid_BS)
+    return int(np.sum(np.max(batch.segment_BS, axis=1, where=batch.valid_BS, initial=0)))
 
 
 @contextmanager

@@ -2,7 +2,8 @@
 
     loss = total / count with both summed over the whole global batch, so 1x8, 2x4 and 8x1 (devices or microbatches) agree
 
-Microbatches are strided (rows a, a + A, ...), so that each keeps every device busy with its own rows.
+Microbatches are strided (rows a, a + A, ...), so that each keeps every device busy with its own rows; a row's images
+go with it.
 """
 
 from __future__ import annotations
@@ -78,7 +79,15 @@ def jit_step(step: Callable, state: State, mesh: Mesh) -> Any:
 
 
 def _accumulated(gradient: Callable, trainable: Any, frozen: Any, batch: Batch, num: int) -> tuple[Any, Terms]:
-    micro = jax.tree.map(lambda x: x.reshape(x.shape[0] // num, num, *x.shape[1:]).swapaxes(0, 1), batch)
+    rows = len(batch.tokens_BS)
+
+    def strided(leaf: jax.Array) -> jax.Array:
+        """Leading axis: microbatches, then of each its rows, or its rows' images."""
+        per_row = leaf.shape[0] // rows
+        by_row = leaf.reshape(rows // num, num, per_row, *leaf.shape[1:])
+        return by_row.swapaxes(0, 1).reshape(num, rows // num * per_row, *leaf.shape[1:])
+
+    micro = jax.tree.map(strided, batch)
 
     def add(sums: Any, part: Batch) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, sums, gradient(trainable, frozen, part)), None

@@ -1,7 +1,13 @@
-"""A prepared dataset as random access: split "train[:4000]" of `folder/prepared` -> record i, without TensorFlow.
+"""A prepared TFDS dataset as random access: split "train[:4000]" of a folder -> record i, without TensorFlow.
 
-What every dataset has, by name: `image` (encoded bytes), `image_id`, `turns` (a sequence of question and answer, and
+What a dataset of ours has, by name: `image` (encoded bytes), `image_id`, `turns` (a sequence of question and answer, and
 where scores are wanted task and chance). Integer grids named `*_cells`, where a dataset has them, are dense labels.
+
+TFDS's own `coco_captions` (`image`, `image/id`, `captions`) is read, too: an image is a record, each of its captions a turn
+with an empty question. So one epoch shows each image once; `DataConfig.turns=1` draws one of its five captions each time, as
+captioners are trained, and `independent_turns` shows all five, each as if alone. Without either, later captions would
+see the earlier ones.
+
 Opening checks that every shard is there and holds the records dataset_info.json promises; only footers are read.
 """
 
@@ -16,11 +22,9 @@ from array_record.python import array_record_module  # pyright: ignore[reportAtt
 
 from tcjax.config import Source
 from tcjax.pipeline.prepare import PREPARED
-from tcjax.pipeline.sample import Record, Turn
+from tcjax.pipeline.sample import BrokenShard, Record, Turn
 
-
-class BrokenShard(ValueError):
-    """A shard is missing or cut short; the message names the file."""
+__all__ = ["BrokenShard", "Prepared", "open_prepared"]
 
 
 class Prepared:
@@ -30,6 +34,19 @@ class Prepared:
         self.folder, self.split = folder, split
         builder: Any = tfds.builder_from_directory(str(folder))  # TFDS's decorators hide signatures from type checkers
         self.name: str = builder.info.full_name
+        written = builder.info.file_format
+        if written and written.value != "array_record":
+            raise ValueError(
+                f"{folder} was prepared as {written.value}, which only TensorFlow reads; prepare it again with "
+                f"`tfds build --file_format=array_record`."
+            )
+        given = set(builder.info.features)
+        self._captions = {"image/id", "captions"} <= given
+        if not self._captions and not {"image_id", "turns"} <= given:
+            raise ValueError(
+                f"{folder} has the features {sorted(given)}; a dataset needs image, image_id and turns, or "
+                f"coco_captions' image, image/id and captions."
+            )
         known = builder.info.splits
         try:
             shards = known[split].file_instructions
@@ -55,6 +72,11 @@ class Prepared:
             raise BrokenShard(
                 f"record {index} of {self.split!r} is damaged in {self._shard_of(index)}: {error}"
             ) from error
+        if self._captions:
+            said = fields.pop("captions")
+            turns = [Turn("", text.decode().strip()) for text in said["text"]]
+            fields["caption_ids"] = [int(number) for number in said["id"]]
+            return Record((fields.pop("image"),), str(fields.pop("image/id")), turns, fields)
         image, image_id, turns = fields.pop("image"), fields.pop("image_id").decode(), fields.pop("turns")
         text = zip(turns["question"], turns["answer"], strict=True)
         fields |= {name: values for name, values in turns.items() if name not in ("question", "answer")}
@@ -83,9 +105,13 @@ def open_prepared(root: Path, source: Source) -> Prepared:
         BrokenShard: a shard is missing or cut short.
     """
     place = root / source.path / PREPARED
+    if not place.is_dir() and (root / source.path).is_dir():
+        place = root / source.path  # a TFDS data_dir, or a folder in it
     found = sorted(path.parent for path in place.rglob("dataset_info.json") if "incomplete." not in str(path))
     if not found:
-        raise ValueError(f"{place} holds no prepared dataset; run: tcjax data prepare {source.path}")
+        raise ValueError(
+            f"{root / source.path / PREPARED} holds no prepared dataset; run: tcjax data prepare {source.path}"
+        )
     if len(found) > 1:
         raise ValueError(
             f"{place} holds several prepared datasets: {[str(path) for path in found]}; remove all but one."
