@@ -8,7 +8,7 @@ table). A part started by `TrainConfig.weights` is read under our own leaf paths
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,24 +22,29 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
 from tcjax.compressors.base import CompressorConfig
-from tcjax.config import MeshConfig
-from tcjax.interop import artifact, hashes, names, stream, tensors
+from tcjax.config import LoraConfig, MeshConfig
+from tcjax.interop import artifact, hashes, names, prefixes, stream, tensors
 from tcjax.interop.names import Name
 from tcjax.interop.stream import Place
 from tcjax.llms import decoder
-from tcjax.llms.decoder import LlmConfig
+from tcjax.llms import published as published_llms
+from tcjax.llms.decoder import Decoder, LlmConfig
+from tcjax.nn import lora as low_rank
 from tcjax.nn import quantised
 from tcjax.nn.draw import drawn
 from tcjax.record import IS, to_dict
 from tcjax.sharding import gathered, make_mesh, shardings, spec
-from tcjax.towers import vit
+from tcjax.towers import layouts
+from tcjax.towers import published as published_towers
+from tcjax.towers.dual import Dual
 from tcjax.towers.vit import VitConfig
 
 HASHES = "runs/hashes"
 FROZEN = ("float32", "bfloat16", *quantised.TYPES)
 PUBLISHED = ("tower", "llm")  # the parts that are read under published names, and that `frozen` is about
+_LORA = 0x10A  # LoRA's own draws, whatever else the seed was used for
 
-# Reads the leaf of this path to its place.
+# Reads the leaf of this path, the part's own, to its place.
 Read = Callable[[str, Place], jax.Array]
 
 
@@ -52,6 +57,7 @@ def assemble(
     mesh: Mesh | None = None,
     trainable: Collection[str] = (),
     frozen: str = "float32",
+    lora: LoraConfig | None = None,
 ) -> tuple[nnx.Module, dict[str, Any]]:
     """Make the model of `config` with its weights on `mesh`, and say who it is.
 
@@ -61,6 +67,7 @@ def assemble(
         mesh: None is the first device alone.
         trainable: the parts that learn; their weights are float32 and may be donated.
         frozen: how tower and LLM lie in memory where they do not learn (TrainConfig.frozen).
+        lora: updates of the LLM; they learn.
 
     Returns:
         The model and its identity {fact: value}: every field of the config, and the content hash of each weights file.
@@ -72,55 +79,117 @@ def assemble(
         raise ValueError(f"frozen={frozen!r} is not one of {list(FROZEN)}.")
     mesh = make_mesh(MeshConfig(data=1), jax.local_devices()[:1]) if mesh is None else mesh
 
-    def build() -> nnx.Module:
-        return config.build(nnx.Rngs(seed))
-
-    abstract, start = nnx.eval_shape(build), start or {}
+    abstract, start = nnx.eval_shape(lambda: build(config, seed, lora)), start or {}
     graphdef, state = nnx.split(abstract)
     for part in start:
         if part not in state:
             raise ValueError(f"weights names {part!r}, which is no part of {type(abstract).__name__}.")
+    leaves, lies = _by_path(state), _by_path(shardings(state, mesh))
     identity = {f"model.{fact}": value for fact, value in _flat(to_dict(config)) if not fact.endswith("weights")}
     reads: dict[str, Read] = {}
-    for part in state:
-        part_config, shapes = getattr(config, part, None), names.shapes(state[part])
-        weights = getattr(part_config, "weights", "")
-        if part in PUBLISHED and part_config is not None:
-            identity[f"{part}.weights"] = _hash(root / weights, root) if weights else f"random from seed {seed}"
-        if part in start:
-            reads[part] = _started(root / start[part], part_config, config, shapes)
-        elif weights:
-            reads[part] = _published(root / weights, part_config, shapes)
+    for part, part_config, prefix in _parts(config, abstract):
+        origin, weights = f"random from seed {seed}", part_config.weights
+        if weights:
+            origin = _hash(root / weights, root)
+            reads[prefix] = _published(root / weights, part_config, _shapes(leaves, prefix))
+        before = identity.get(f"{part}.weights")
+        identity[f"{part}.weights"] = f"{before} + {origin}" if before else origin
+    for part, path in start.items():
+        reads = {prefix: read for prefix, read in reads.items() if not prefix.startswith(f"{part}/")}
+        reads[f"{part}/"] = _started(root / path, part, config, _shapes(leaves, f"{part}/"))
 
-    leaves, lies = dict(nnx.to_flat_state(state)), dict(nnx.to_flat_state(shardings(state, mesh)))
-
-    def fill(path: tuple, read: Callable[[Place], jax.Array]) -> None:
-        leaf, old = leaves[path], leaves[path].get_value()
-        kind = frozen if path[0] in PUBLISHED and path[0] not in trainable else "float32"
+    def fill(path: str, read: Callable[[Place], jax.Array]) -> None:
+        leaf, part = leaves[path], path.partition("/")[0]
+        old, learns = leaf.get_value(), part in trainable or _is_lora(path)
+        kind = frozen if part in PUBLISHED and not learns else "float32"
         narrow = kind != "float32" and jnp.issubdtype(old.dtype, jnp.floating)
         dtype = jnp.bfloat16 if narrow else old.dtype
-        value = read(Place(old.shape, dtype, lies[path].get_value(), owned=path[0] in trainable))
+        value = read(Place(old.shape, dtype, lies[path].get_value(), owned=learns))
         if kind in quantised.TYPES and _is_kernel_of_blocks(path, leaf):
             value = _quantised(value, leaf.get_metadata("axes"), kind, mesh)
         leaf.set_value(value)
 
-    for path in leaves:
-        if path[0] in reads:
-            fill(path, partial(reads[path[0]], "/".join(map(str, path[1:]))))
-    for path, array in drawn(build, state.keys() - reads.keys()):
+    left = set(leaves)
+    for prefix, read in reads.items():
+        for path in _shapes(leaves, prefix):
+            fill(prefix + path, partial(read, path))
+            left.remove(prefix + path)
+    for path, array in drawn(lambda: build(config, seed, lora), left):
         fill(path, partial(_moved, array))
     return nnx.merge(graphdef, state), identity
 
 
+def build(config: Any, seed: int = 0, lora: LoraConfig | None = None) -> Any:
+    """The model with first weights from the seed; also what nnx.eval_shape builds abstractly."""
+    model = config.build(nnx.Rngs(seed))
+    if lora is not None:
+        _attach(model, lora, seed)
+    return model
+
+
+def _attach(model: nnx.Module, config: LoraConfig, seed: int) -> None:
+    """Updates of low rank beside the layers of the model's LLM, in place; they change nothing before they learn.
+
+    Raises:
+        ValueError: the model has no LLM, or a target is none of its layers.
+    """
+    llm = getattr(model, "llm", None)
+    if not isinstance(llm, Decoder):
+        raise ValueError(f"train.lora adds to an LLM, and {type(model).__name__} has none.")
+    rngs = nnx.Rngs(jax.random.fold_in(jax.random.key(seed), _LORA))
+    low_rank.attach(llm.blocks, (llm.cfg.layers,), config, rngs)
+
+
+def _by_path(state: Any) -> dict[str, Any]:
+    return {"/".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(state)}
+
+
+def _is_lora(path: str) -> bool:
+    return low_rank.is_lora(tuple(path.split("/")))
+
+
+def _shapes(leaves: dict[str, Any], prefix: str) -> names.Shapes:
+    """Of what lies below a prefix, updates left out: those are in no published file."""
+    return {
+        path.removeprefix(prefix): tuple(leaf.get_value().shape)
+        for path, leaf in leaves.items()
+        if path.startswith(prefix) and not _is_lora(path)
+    }
+
+
+def _parts(config: Any, model: Any) -> Iterator[tuple[str, Any, str]]:
+    """(part, config, prefix of its leaves) of everything with weights of its own: the tower as the compressor wants it (a
+    dual tower is two), and the llm."""
+    if getattr(config, "tower", None) is not None:
+        if isinstance(model.tower, Dual):
+            yield from (("tower", tower.cfg, f"tower/towers/{n}/") for n, tower in enumerate(model.tower.towers))
+        else:
+            yield "tower", model.tower.cfg, "tower/"
+    if getattr(config, "llm", None) is not None:
+        yield "llm", config.llm, "llm/"
+
+
 def published_names(part_config: Any) -> tuple[list[Name], list[str]]:
     """The NAMES table of a tower or an LLM, and patterns of the published tensors it has no use for."""
-    room = {VitConfig: vit, LlmConfig: decoder}[type(part_config)]
+    room = {VitConfig: layouts, LlmConfig: decoder}[type(part_config)]
     return room.names(part_config), room.ignore(part_config)
+
+
+def places(part_config: Any, found: Collection[str]) -> dict[str, str]:
+    """{published name: name on disk} of a tower's or an LLM's tensors among these; ValueError if the part is not there."""
+    if isinstance(part_config, VitConfig):
+        where = f"a tower with {part_config.names} names in {part_config.weights}"
+        return prefixes.places(found, layouts.LAYOUTS[part_config.names], layouts.SIGN[part_config.names], where)
+    where = f"an LLM in {part_config.weights}"
+    return prefixes.places(found, published_llms.LAYOUTS, published_llms.SIGN, where)
 
 
 def _published(path: Path, part_config: Any, shapes: names.Shapes) -> Read:
     """Leaves of a downloaded tower or LLM."""
-    stored, (table, ignored) = tensors.find(path), published_names(part_config)
+    room = {VitConfig: published_towers, LlmConfig: published_llms}[type(part_config)]
+    room.check(path if path.is_dir() else path.parent, part_config)
+    found, (table, ignored) = tensors.find(path), published_names(part_config)
+    stored = {ours: found[there] for ours, there in places(part_config, found).items()}
     names.check(stored, table, shapes, ignore=ignored, what=f"tensors of {path}")
     fixed = [name for name in table if name.value is not None]
     names.refuse_other_values({name.torch: stored[name.torch].mapped() for name in fixed}, fixed)
@@ -128,10 +197,10 @@ def _published(path: Path, part_config: Any, shapes: names.Shapes) -> Read:
     return lambda leaf, place: stream.leaf(lines[leaf], stored, place)
 
 
-def _started(path: Path, part_config: Any, config: Any, shapes: names.Shapes) -> Read:
+def _started(path: Path, part: str, config: Any, shapes: names.Shapes) -> Read:
     """Leaves under our own paths, or a compressor's from its artifact."""
     if artifact.kind_of(path) == artifact.KIND:
-        arrays = _from_artifact(path, part_config, config.widths, shapes)
+        arrays = _from_artifact(path, getattr(config, part), config.widths, shapes)
         return lambda leaf, place: _moved(arrays[leaf], place)
     stored, table = tensors.find(path), [Name(leaf, leaf) for leaf in shapes]
     names.check(stored, table, shapes, what=f"leaves of {path}")
@@ -154,9 +223,9 @@ def _moved(array: Any, place: Place) -> jax.Array:
     return jax.device_put(array.astype(place.dtype), place.sharding, may_alias=False)
 
 
-def _is_kernel_of_blocks(path: tuple, leaf: nnx.Variable) -> bool:
+def _is_kernel_of_blocks(path: str, leaf: nnx.Variable) -> bool:
     """Of a stacked linear layer; what embeds patches and words is not quantised."""
-    return path[-1] == "kernel" and leaf.get_metadata("axes")[0] == "L" and len(leaf.get_metadata("axes")) == 3
+    return path.endswith("/kernel") and leaf.get_metadata("axes")[0] == "L" and len(leaf.get_metadata("axes")) == 3
 
 
 def _quantised(kernel: jax.Array, axes: str, kind: str, mesh: Mesh) -> quantised.Quantised:
@@ -179,6 +248,8 @@ def _hash(path: Path, root: Path) -> str:
 
 
 def _flat(value: Any, path: str = "") -> list[tuple[str, Any]]:
+    if isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        value = {str(n): item for n, item in enumerate(value)}
     if isinstance(value, dict):
         here = [(path, value[IS])] if IS in value else []
         return here + [

@@ -94,11 +94,25 @@ def llm(folder: str | Path, *, root: Path = Path(), **changes: Any) -> LlmConfig
         raise ValueError(
             f"{path} does not exist; a downloaded checkpoint is a folder with config.json and safetensors."
         )
+    return dataclasses.replace(of_json(_read(path), str(path)), **{"weights": str(folder), **changes})
+
+
+def check(folder: Path, cfg: LlmConfig) -> None:
+    """ValueError naming every difference if a config.json lies in the weights' folder and says something else than cfg."""
+    path = folder / "config.json"
+    if path.is_file() and (wrong := disagreements(cfg, _read(path), str(path))):
+        lines = "".join(f"\n  {name}: {there!r} there, {here!r} asked for" for name, (there, here) in wrong.items())
+        raise ValueError(
+            f"{path} describes another LLM than the one that is asked for:{lines}\n"
+            "Read the config from the folder (tcjax.llms.published.llm), or fetch the checkpoint that was meant."
+        )
+
+
+def _read(path: Path) -> Any:
     try:
-        config = json.loads(path.read_text())
+        return json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error}); fetch it again.") from error
-    return dataclasses.replace(of_json(config, str(path)), **{"weights": str(folder), **changes})
 
 
 def of_json(config: Mapping[str, Any], where: str = "config.json") -> LlmConfig:

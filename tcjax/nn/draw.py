@@ -1,6 +1,6 @@
-"""Initial weights of some parts of a model, one leaf at a time; the others are never made.
+"""Initial weights of some leaves of a model, one at a time; the others are never made.
 
-    for path, array in drawn(build, {"compressor"}): ...     the bits of `build()` called as it is
+    for path, array in drawn(build, {"compressor/queries"}): ...     the bits of `build()` called as it is
 
 The model is traced, and for one leaf after the other the operations it needs are run one by one, as an untraced build runs
 them: memory holds one leaf. As one program XLA would merge the factors of N(0, 1) * sqrt(2) * deviation and so move the
@@ -19,16 +19,16 @@ from jax.extend import core
 _SMALL = 64  # values; counters and keys that the next leaf needs, too
 
 
-def drawn(build: Callable[[], nnx.Module], parts: Collection[str]) -> Iterator[tuple[tuple, jax.Array]]:
-    """Path and value of every weight whose path begins with one of `parts`; `build` makes the whole model."""
-    if not parts:
+def drawn(build: Callable[[], nnx.Module], wanted: Collection[str]) -> Iterator[tuple[str, jax.Array]]:
+    """Path ("/"-joined) and value of every leaf that is wanted; `build` makes the whole model."""
+    if not wanted:
         return
-    paths: list[tuple] = []
+    paths: list[str] = []
 
     def leaves() -> list[Any]:
-        flat = [(path, leaf) for path, leaf in nnx.to_flat_state(nnx.state(build())) if path[0] in parts]
-        paths.extend(path for path, _ in flat)
-        return [leaf.get_value() for _, leaf in flat]
+        flat = [("/".join(map(str, path)), leaf) for path, leaf in nnx.to_flat_state(nnx.state(build()))]
+        paths.extend(path for path, _ in flat if path in wanted)
+        return [leaf.get_value() for path, leaf in flat if path in wanted]
 
     traced = jax.make_jaxpr(leaves)()
     known: dict[core.Var, Any] = dict(zip(traced.jaxpr.constvars, traced.consts, strict=True))

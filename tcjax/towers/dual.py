@@ -43,6 +43,11 @@ class DualConfig:
                 f"tokens are joined place by place, but the grids are {first.grid_HW} and {second.grid_HW}; the patches "
                 f"must cut the image alike."
             )
+        if bool(first.weights) != bool(second.weights):
+            raise ValueError(
+                f"weights={first.weights!r} and weights={second.weights!r}: one tower would be published and the other "
+                f"random; give both, or none."
+            )
         for tower in self.towers:
             if tower.keep_class or tower.levels or tower.probes:
                 raise ValueError(
