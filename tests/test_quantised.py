@@ -56,7 +56,7 @@ def test_a_block_is_off_by_what_its_bits_explain(kind, least, most):
 
     @jax.jit
     def added(block: vit.Block) -> tuple[jax.Array, jax.Array]:
-        out_BNC, pull = jax.vjp(lambda x_BNC: block(x_BNC) - x_BNC, jnp.asarray(tokens_BNC))
+        out_BNC, pull = jax.vjp(lambda x_BNC: block(x_BNC)[0] - x_BNC, jnp.asarray(tokens_BNC))
         return out_BNC, pull(jnp.asarray(down_BNC))[0]
 
     for found, meant in zip(added(block_with(kind)), added(block_with(None)), strict=True):
