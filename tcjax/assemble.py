@@ -29,7 +29,7 @@ _LORA = 0x10A  # LoRA's own draws, whatever else the seed was used for
 
 
 def assemble(
-    config: Any, *, root: Path, seed: int = 0, start: dict[str, str] | None = None, lora: LoraConfig | None = None
+    config: Any, *, root: Path, seed: int = 0, start: dict[str, str] | None = None, lora: LoraConfig = LoraConfig()
 ) -> tuple[nnx.Module, dict[str, Any]]:
     """Build `config`, fill in the weights, and say who it is.
 
@@ -65,15 +65,15 @@ def assemble(
         else:
             arrays = names.matching(tensors.load(root / path), names.shapes(module))
         names.assign(module, arrays)
-    if lora is not None:
+    if lora.rank:
         _attach(model, lora, seed)
     return model, identity
 
 
-def build(config: Any, seed: int = 0, lora: LoraConfig | None = None) -> Any:
+def build(config: Any, seed: int = 0, lora: LoraConfig = LoraConfig()) -> Any:
     """The model with first weights from the seed; also what nnx.eval_shape builds abstractly."""
     model = config.build(nnx.Rngs(seed))
-    if lora is not None:
+    if lora.rank:
         _attach(model, lora, seed)
     return model
 

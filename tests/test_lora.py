@@ -203,7 +203,7 @@ def test_an_elastic_compressor_is_scored_with_its_updates():
     ("train", "message"),
     [
         ({"lora": LORA}, r"train.lora adds updates that trainable=\('compressor',\) would freeze at 0; name 'lora'"),
-        ({"trainable": BOTH}, r"which are \['compressor', 'llm', 'tower'\] \(train.lora adds 'lora'\)"),
+        ({"trainable": BOTH}, r"which are \['compressor', 'llm', 'tower'\] \(train.lora.rank adds 'lora'\)"),
         ({"trainable": BOTH, "lora": LORA, "lr_of": {"llm": 1e-5}}, r"lr_of gives \{'llm': 1e-05\}; it takes positive"),
         (
             {"lr_of": {"compressor": 0.0}},
@@ -222,8 +222,8 @@ def test_impossible_updates_say_why():
         ValueError, match=r"lora.targets=\('q_proj',\) must name .*\['down', 'gate', 'key', 'out', 'query'"
     ):
         a_model(LoraConfig(rank=2, targets=("q_proj",)))
-    with pytest.raises(ValueError, match=r"lora.rank=0 must be at least 1"):
-        LoraConfig(rank=0)
+    with pytest.raises(ValueError, match=r"lora.rank=-1 must be at least 1, or 0"):
+        LoraConfig(rank=-1)
 
     class NoLlm:
         def build(self, rngs):
