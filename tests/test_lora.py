@@ -51,6 +51,18 @@ def test_a_fresh_update_changes_no_bit():
     np.testing.assert_array_equal(run(VLM.build(nnx.Rngs(0))), run(a_model()))
 
 
+def test_updates_compute_the_same_in_graph_and_tree_mode():
+    llm = a_model().llm
+    names.assign(llm, planted_updates(llm))
+    tokens_BS = np.arange(12).reshape(2, 6)
+    expected_BSD = llm(llm.embed(tokens_BS))
+    assert np.abs(expected_BSD - VLM.build(nnx.Rngs(0)).llm(llm.embed(tokens_BS))).max() > 1e-2
+    for graph in (True, False):
+        graphdef, state = nnx.split(llm, graph=graph)
+        run = jax.jit(lambda state, g=graphdef: nnx.merge(g, state)(llm.embed(tokens_BS)))
+        np.testing.assert_allclose(run(state), expected_BSD, atol=1e-5)
+
+
 def test_the_model_is_the_one_that_it_would_be_without(tmp_path):
     plain, _ = assemble(VLM, root=tmp_path)
     updated, identity = assemble(VLM, root=tmp_path, lora=LORA)
