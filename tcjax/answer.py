@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from tcjax.evaluate.generate import make_generate, make_prefill
 from tcjax.evaluate.scores import Answer, exact_match, is_right, mean_accuracy, token_accuracy
 from tcjax.job import tower_features
 from tcjax.pipeline import images as pictures
-from tcjax.pipeline.chat import Chat, fitted, load_tokenizer
+from tcjax.pipeline.chat import Chat, fitted, open_chat
 from tcjax.pipeline.images import CorruptImage
 from tcjax.pipeline.input import TooManyCorrupt
 from tcjax.pipeline.questions import EvaluationSet, questions
@@ -67,9 +67,9 @@ def evaluate_run(
             f"controls {unknown} are unknown; choose among {list(possible)} (those of the text need a compressor that "
             f"is told the question)."
         )
-    chat = Chat(load_tokenizer(root / run.data.tokenizer))
+    chat = open_chat(root / run.data.tokenizer, run.data.template)
     asked = questions(open_source(root, scored.source), chat, num_queries=config.num_queries, boards=scored.boards)
-    (end,) = chat.end_ids
+    end = chat.stop_ids
     images = Images(model, identity, run, root=root, quiet=quiet)
     images.check(run.data.max_corrupt)
     asked = asked.rows(np.isin(asked.index_B, images.readable))
@@ -220,7 +220,7 @@ def looks(model: Vlm, run: Run, *, root: Path, out: Path, boards: int = 4) -> Pa
     config, scored = run.model, run.evaluate
     assert isinstance(config, VlmConfig) and scored is not None
     prepared, shown, told = open_source(root, scored.source), [], []
-    chat = Chat(load_tokenizer(root / run.data.tokenizer))
+    chat = open_chat(root / run.data.tokenizer, run.data.template)
     for index in range(len(prepared)):
         with contextlib.suppress(CorruptImage):
             question = prepared[index].turns[0].question if config.reads_text else ""
@@ -289,7 +289,7 @@ def _prefill_seconds(model: Vlm, asked: EvaluationSet, images: Images, size: int
     return float(np.median(seconds)) / size
 
 
-def _write(path: Path, asked: EvaluationSet, answers: list[Answer], chat: Chat, end: int) -> None:
+def _write(path: Path, asked: EvaluationSet, answers: list[Answer], chat: Chat, end: Sequence[int]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     texts = (asked.task_B, asked.question_B, asked.answer_B)
     with path.open("w") as file:

@@ -28,7 +28,7 @@ from tcjax.assemble import build
 from tcjax.batch import Batch
 from tcjax.config import MeshConfig, Run
 from tcjax.evaluate.cost import training_flops
-from tcjax.pipeline.chat import Chat, Composed, load_tokenizer
+from tcjax.pipeline.chat import Chat, Composed, open_chat
 from tcjax.pipeline.source import open_source
 from tcjax.sharding import MESH_AXES, check_batch, spec
 from tcjax.train.state import cast, compute_dtype, part_of, split
@@ -121,30 +121,34 @@ def _kept(run: Run, graphdef: Any, trainable: Any, frozen: Any, mesh: AbstractMe
 def _abstract_batch(run: Run, rows: int) -> Batch:
     """The shapes of `rows` rows; the tower's tokens instead of pixels where they are cached."""
     config: Any = run.model
-    S = config.num_queries + run.data.text_length
+    images = rows * run.data.images
+    S = run.data.images * config.num_queries + run.data.text_length
 
-    def array(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((rows, *shape), dtype)
+    def array(dtype: Any, *shape: int, lead: int = rows) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((lead, *shape), dtype)
 
     if run.train.feature_cache:
         widths = config.widths
         seen = {
             "features_BNC": array(
-                jnp.dtype(run.train.feature_cache), widths.num_tokens, (1 + widths.levels) * widths.vision_C
+                jnp.dtype(run.train.feature_cache),
+                widths.num_tokens,
+                (1 + widths.levels) * widths.vision_C,
+                lead=images,
             )
         }
     else:
-        seen = {"images_BYX3": array(jnp.uint8, *config.tower.pixels.shape)}
+        seen = {"images_BYX3": array(jnp.uint8, *config.tower.pixels.shape, lead=images)}
     if config.tower.pixels.geometry == "naflex":
-        seen["grids_B2"] = array(jnp.int32, 2)
+        seen["grids_B2"] = array(jnp.int32, 2, lead=images)
     return Batch(
         tokens_BS=array(jnp.int32, S),
         is_image_BS=array(jnp.bool_, S),
         supervised_BS=array(jnp.bool_, S),
         valid_BS=array(jnp.bool_, S),
-        segment_BS=array(jnp.int32, S) if run.data.independent_turns else None,
-        instruction_BT=array(jnp.int32, run.data.instruction_length) if config.reads_text else None,
-        index_B=array(jnp.int32),
+        segment_BS=array(jnp.int32, S) if run.data.independent_turns or run.data.batching == "packed" else None,
+        instruction_BT=array(jnp.int32, run.data.instruction_length, lead=images) if config.reads_text else None,
+        index_B=array(jnp.int32, lead=images),
         **seen,
     )
 
@@ -152,7 +156,7 @@ def _abstract_batch(run: Run, rows: int) -> Batch:
 def _data(run: Run, root: Path, num_queries: int) -> dict[str, Any]:
     """The first sample as it would be trained on, and how long the data is; what is missing says itself."""
     try:
-        chat = Chat(load_tokenizer(root / run.data.tokenizer))
+        chat = open_chat(root / run.data.tokenizer, run.data.template)
         sources = [open_source(root, source) for source in run.data.sources]
         record = sources[0][0]
         composed = chat.compose(
@@ -165,7 +169,8 @@ def _data(run: Run, root: Path, num_queries: int) -> dict[str, Any]:
     except ValueError as error:
         return {"records": None, "epochs": None, "sample": None, "missing": str(error)}
     records = sum(map(len, sources))
-    epochs = run.train.steps * run.data.batch / records
+    # How many samples a packed row holds is known once the lengths are measured.
+    epochs = None if run.data.batching == "packed" else run.train.steps * run.data.batch / records
     return {"records": records, "epochs": epochs, "sample": _pieces(composed, chat), "missing": ""}
 
 
@@ -196,7 +201,7 @@ def show(run: Run, figures: dict[str, Any], *, about: str = "") -> None:
         table.add_row(
             "useful FLOPs per step", f"{figures['flops'] / 1e12:.3g} T", "every position filled and supervised"
         )
-    seen = f"{figures['samples']:,} samples"
+    seen = f"{figures['samples']:,} {'packed rows' if run.data.batching == 'packed' else 'samples'}"
     if figures["epochs"] is not None:
         seen += f", {figures['epochs']:.3g} epochs of {figures['records']:,}"
     table.add_row("steps", f"{figures['steps']:,}", seen)

@@ -51,6 +51,13 @@ def test_activations_follow_the_microbatch_and_weights_the_mesh(run, project):
         dry_run(run.replace(mesh=MeshConfig(data=3)), root=project)
 
 
+def test_packed_rows_of_several_images_keep_more_and_promise_no_epochs(run, project):
+    data = dataclasses.replace(run.data, images=3, batching="packed")
+    plain, packed = dry_run(run, root=project), dry_run(run.replace(data=data), root=project)
+    assert packed["activations"] > 1.1 * plain["activations"]
+    assert packed["epochs"] is None and packed["records"] == plain["records"]
+
+
 def test_a_frozen_llm_that_learns_keeps_more(run, project):
     more = dry_run(run.replace(train=TrainConfig(steps=1, trainable=("compressor", "llm"))), root=project)
     assert more["flops"] > dry_run(run, root=project)["flops"]

@@ -6,6 +6,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from flax import nnx
 
 from tcjax.batch import Batch
 from tcjax.config import Source
@@ -13,7 +14,11 @@ from tcjax.pipeline import input, lengths
 from tcjax.pipeline.grouping import bucket_lengths, grouped
 from tcjax.pipeline.input import make_input
 from tcjax.pipeline.order import global_order
+from tcjax.pipeline.sample import Outline, Turn, some_turns
+from tcjax.train.log import read_metrics
+from tcjax.train.loop import train
 from tests.memory import PIXELS, Memory, mixed, opened
+from tests.tiny import LLM, VLM, a_run
 
 Q = 3
 BATCHINGS = ("rows", "grouped", "packed")
@@ -103,7 +108,7 @@ def test_a_resumed_input_reads_only_what_it_hands_out(tmp_path, monkeypatch, bat
     fresh = make(config, tmp_path)
     fresh.set_state(state)
     assert not source.reads
-    slots = [fresh._plan[row] for row in range(20, 28)]
+    slots = [fresh.plan[row] for row in range(20, 28)]
     expected = Counter(place.index for slot in slots for place in slot.places)
     take(fresh, 2)
     assert source.reads == expected
@@ -112,6 +117,7 @@ def test_a_resumed_input_reads_only_what_it_hands_out(tmp_path, monkeypatch, bat
 @pytest.mark.parametrize("batching", BATCHINGS)
 def test_another_seed_is_another_order(tmp_path, monkeypatch, batching):
     config = opened(monkeypatch, tmp_path, mixed(), batching=batching)
+    monkeypatch.setattr("tcjax.pipeline.packing.WINDOW", 64)
     one, other, again = (take(make(dataclasses.replace(config, seed=seed), tmp_path), 3) for seed in (0, 1, 0))
     assert same(one, again) and not same(one, other)
 
@@ -218,7 +224,7 @@ def test_measured_lengths_are_those_of_the_rows(tmp_path, monkeypatch, turns):
     source = mixed(num=40, most=2)
     config = opened(monkeypatch, tmp_path, source, turns=turns, images=2, batch=1)
     batches = take(make(config, tmp_path), 40)
-    known = lengths.measured(source, make(config, tmp_path)._samples[0].chat, config)
+    known = lengths.measured(source, make(config, tmp_path).samples[0].chat, config)
     stream = global_order([40], config.sources, seed=0, turns=turns)
     for position, batch in enumerate(batches):
         text = known.text(stream[position], config)
@@ -258,3 +264,53 @@ def test_two_images_where_one_is_allowed_are_refused_by_name(tmp_path, monkeypat
     config = opened(monkeypatch, tmp_path, source, batching=batching)
     with pytest.raises(input.TooManyImages, match=r"sample 'pairs-1' has two images where one is allowed"):
         next(make(config, tmp_path))
+
+
+# in training
+
+
+def test_grouped_training_compiles_once_per_bucket_and_says_what_was_left_out(tmp_path, monkeypatch, capsys):
+    source = mixed(num=40)
+    source.broken = {5: "record"}
+    config = opened(
+        monkeypatch, tmp_path, source, batching="grouped", buckets=2, max_corrupt=0.1, text_length=24, batch=8
+    )
+    model = dataclasses.replace(VLM, llm=dataclasses.replace(LLM, vocab=64))
+    run = a_run(model=model, steps=10, log_every=1, save_every=0).replace(data=config)
+    batches = make_input(config, PIXELS, VLM.num_queries, root=tmp_path)
+    outcome = train(
+        run, model.build(nnx.Rngs(0)), batches, root=tmp_path, out=tmp_path / "run", identity={"model": "tiny"}
+    )
+    lines = read_metrics(tmp_path / "run/metrics.jsonl")
+    assert outcome.compiles == 2
+    said = capsys.readouterr().err
+    assert "positions; compilation 2" in said
+    assert "left out: 1 bad_samples (mixed-5), " in said and "turns that did not fit" in said
+    assert lines[-1]["bad_samples"] == 1 and lines[-1]["dropped_turns"] > 0 and lines[-1]["truncated_answers"] == 0
+    shares = [line["padding_share"] for line in lines]
+    fresh = make_input(config, PIXELS, VLM.num_queries, root=tmp_path)
+    np.testing.assert_allclose(shares, [1 - batch.valid_BS.mean() for batch in take(fresh, 10)])
+
+
+def test_a_reader_that_knows_an_outline_is_measured_without_its_images(tmp_path, monkeypatch):
+    class Outlined(Memory):
+        def outline(self, index):
+            record = super().__getitem__(index)
+            return Outline(record.image_id, record.turns, len(record.images))
+
+        def __getitem__(self, index):
+            pytest.fail("an image was read")
+
+    plain = mixed("plain", num=20)
+    outlined = Outlined("outlined", plain.images, plain.answers)
+    config = opened(monkeypatch, tmp_path, plain, outlined, batching="packed")
+    batches = make(config, tmp_path)
+    for one, other in zip(batches.samples[0].lengths, batches.samples[1].lengths, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_drawn_turns_are_asked_without_the_marks_of_the_others():
+    turns = [Turn("<image>\nwhat ?", "a"), Turn("and <image> ?", "b"), Turn("why ?", "c")]
+    assert some_turns(turns, [0, 1, 2]) == turns
+    assert some_turns(turns, [0]) == [Turn("what ?", "a")]
+    assert some_turns(turns, [1, 2]) == [Turn("and  ?", "b"), Turn("why ?", "c")]

@@ -21,7 +21,7 @@ import numpy as np
 from tcjax.batch import Batch
 from tcjax.config import DataConfig, Pixels, Source
 from tcjax.pipeline import lengths
-from tcjax.pipeline.chat import Chat, Template, load_tokenizer
+from tcjax.pipeline.chat import open_chat
 from tcjax.pipeline.grouping import Grouped, bucket_lengths
 from tcjax.pipeline.order import InOrder, Place, Plan, global_order
 from tcjax.pipeline.packing import Packed
@@ -36,10 +36,14 @@ BATCHINGS = ("rows", "grouped", "packed")
 
 
 class Input:
-    """The iterator. `get_state()` is a small JSON-able dict; after `set_state` the next batch is the same again."""
+    """The iterator. `get_state()` is a small JSON-able dict; after `set_state` the next batch is the same again.
 
-    def __init__(self, batches: grain.DatasetIterator, samples: list[Samples], plan: Plan, batch: int):
-        self._batches, self._samples, self._plan, self._batch = batches, samples, plan, batch
+    plan: global row -> its samples. samples: one per source. layout: how they lie in a row.
+    """
+
+    def __init__(self, batches: grain.DatasetIterator, plan: Plan, samples: list[Samples], layout: Layout, batch: int):
+        self.plan, self.samples, self.layout = plan, samples, layout
+        self._batches, self._batch = batches, batch
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -51,17 +55,17 @@ class Input:
         """next_index: global batches handed out; and where the plan goes on (`Plan.mark`)."""
         state = self._batches.get_state()
         assert isinstance(state, dict)
-        return state | self._plan.mark(state["next_index"] * self._batch)
+        return state | self.plan.mark(state["next_index"] * self._batch)
 
     def set_state(self, state: dict) -> None:
         mark = {name: value for name, value in state.items() if name != "next_index"}
-        self._plan.seek(mark)
+        self.plan.seek(mark)
         self._batches.set_state({"next_index": state["next_index"]})
 
     @property
     def skipped(self) -> dict[str, list[str]]:
         """image_ids that were skipped so far, by kind (`samples.KINDS`)."""
-        found = sorted(bad for samples in self._samples for bad in samples.skipped.values())
+        found = sorted(bad for samples in self.samples for bad in samples.skipped.values())
         return {kind: [name for of, name in found if of == kind] for kind in KINDS}
 
     @property
@@ -72,17 +76,25 @@ class Input:
     @property
     def dropped_turns(self) -> int:
         """Turns that did not fit into text_length, in the samples read so far; each sample counts once."""
-        return sum(sum(samples.dropped_turns.values()) for samples in self._samples)
+        return sum(sum(samples.dropped_turns.values()) for samples in self.samples)
+
+    @property
+    def truncated_answers(self) -> int:
+        """Samples read so far of which an answer lost its end to text_length."""
+        return sum(len(samples.truncated_answers) for samples in self.samples)
 
     def counts(self) -> dict[str, int]:
-        """What was left out so far, for the log: every kind of skipped sample, and turns that did not fit."""
-        return {kind: len(names) for kind, names in self.skipped.items()} | {"dropped_turns": self.dropped_turns}
+        """What was left out so far, for the log: every kind of skipped sample, and what did not fit into text_length."""
+        fitting = {"dropped_turns": self.dropped_turns, "truncated_answers": self.truncated_answers}
+        return {kind: len(names) for kind, names in self.skipped.items()} | fitting
 
     def report(self) -> str:
         """One line about what was left out, "" if nothing was."""
         parts = [f"{len(names)} {kind} ({_some(names)})" for kind, names in self.skipped.items() if names]
         if self.dropped_turns:
             parts.append(f"{self.dropped_turns} turns that did not fit")
+        if self.truncated_answers:
+            parts.append(f"the ends of {self.truncated_answers} answers")
         return "left out: " + ", ".join(parts) if parts else ""
 
 
@@ -97,7 +109,6 @@ def make_input(
     features: Any = None,
     patch: int | None = None,
     labels: tuple[str, ...] = LABELS,
-    template: Template = Template(),
     instructed: bool = False,
     measuring: Callable[[Source, int, int], None] = lambda source, done, num: None,
 ) -> Input:
@@ -119,7 +130,7 @@ def make_input(
     per_source = features if isinstance(features, tuple) else (features,)
     if features is not None and len(per_source) != len(data.sources):
         raise ValueError(f"{len(per_source)} feature caches for {len(data.sources)} sources; pass a tuple, one each.")
-    chat = Chat(load_tokenizer(root / data.tokenizer), template)
+    chat = open_chat(root / data.tokenizer, data.template)
     samples = []
     for i, source in enumerate(data.sources):
         prepared = open_source(root, source)
@@ -130,7 +141,7 @@ def make_input(
                 chat,
                 data,
                 folder=root / lengths.FOLDER,
-                facts=lengths.facts_of(root, source, data, template, len(prepared)),
+                facts=lengths.facts_of(root, source, data, len(prepared)),
                 show=partial(measuring, source),
             )
         cached = None if features is None else _readable(per_source[i], prepared)
@@ -147,7 +158,7 @@ def make_input(
     rows = grain.MapDataset.source(_Rows(plan, samples, layout, skipping=data.batching == "packed"))
     share = rows[process_index::process_count].batch(data.batch // process_count, batch_fn=layout.batch)
     reading = grain.ReadOptions(num_threads=data.threads, prefetch_buffer_size=2 * data.threads)
-    return Input(iter(share.to_iter_dataset(reading)), samples, plan, data.batch)
+    return Input(iter(share.to_iter_dataset(reading)), plan, samples, layout, data.batch)
 
 
 class _Rows:
@@ -159,8 +170,8 @@ class _Rows:
     def __len__(self) -> int:
         return sys.maxsize // 2
 
-    def __getitem__(self, row: int) -> Batch:
-        slot = self._plan[row]
+    def __getitem__(self, index: int) -> Batch:
+        slot = self._plan[index]
         if self._skipping:
             found = [self._samples[place.source].read(place) for place in slot.places]
             return self._layout.row([sample for sample in found if sample is not None], slot.length)
@@ -223,7 +234,8 @@ def _check(data: DataConfig, process_count: int, patch: int | None) -> None:
 
 
 def _readable(features: Any, prepared: Records) -> Features:
-    return features if callable(features) else ArrayFeatures(features, prepared)
+    known: Features = features if callable(features) else ArrayFeatures(features, prepared)  # pyright: ignore
+    return known
 
 
 def _some(names: list[str]) -> str:

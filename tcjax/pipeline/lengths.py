@@ -22,11 +22,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import tcjax
-from tcjax.config import DataConfig, Source, Template
+from tcjax.config import DataConfig, Source
+from tcjax.identity import content
 from tcjax.pipeline.chat import Chat, Unsupervised
 from tcjax.pipeline.order import Place
-from tcjax.pipeline.sample import BadSample, Records
-from tcjax.record import file_hash, fingerprint, to_dict
+from tcjax.pipeline.sample import BadSample, Records, outline, some_turns
+from tcjax.record import fingerprint, to_dict
 
 FOLDER = "runs/lengths"
 _CHUNK = 1024  # records handed to the threads between two reports of progress
@@ -37,7 +38,7 @@ class Lengths(NamedTuple):
 
     text_E: int32, positions beside those of images: one entry of the whole conversation, or, where turns are drawn, one
         of every turn alone. 0: no answer fits.
-    images_R: int32, images of the record. known: {record: (kind, image_id)} that can never be samples.
+    images_R: int32, images that the record's sample shows. known: {record: (kind, image_id)} that can never be samples.
     """
 
     first_R: np.ndarray
@@ -102,13 +103,13 @@ def measured(
     return found
 
 
-def facts_of(root: Path, source: Source, data: DataConfig, template: Template, num: int) -> dict[str, Any]:
+def facts_of(root: Path, source: Source, data: DataConfig, num: int) -> dict[str, Any]:
     """Everything the lengths of a source depend on, JSON types. The source's weight is not of it."""
     return {
         "source": fingerprint(replace(source, weight=1.0), root),
         "records": num,
-        "tokenizer": file_hash(root / data.tokenizer),
-        "template": to_dict(template),
+        "tokenizer": content(root, data.tokenizer),
+        "template": to_dict(data.template),
         "text_length": data.text_length,
         "turns": data.turns,
         "version": tcjax.__version__,
@@ -120,25 +121,29 @@ def _measure(
 ) -> tuple[list[int], int, tuple[str, str] | None]:
     """Entries of text_E, images, and why it is no sample."""
     try:
-        record = records[index]
+        record = outline(records, index)
     except BadSample as error:
         return [0], 0, ("bad_samples", error.image_id)
-    lots = [[turn] for turn in record.turns] if data.turns else [record.turns]
-    entries = []
-    for turns in lots:
+    num = len(record.turns)
+    entries, images = [], 0
+    for chosen in [[turn] for turn in range(num)] if data.turns else [range(num)]:
         try:
             composed = chat.compose(
-                turns,
+                some_turns(record.turns, chosen),
                 num_queries=0,
                 text_length=data.text_length,
-                num_images=len(record.images),
+                num_images=record.num_images,
                 name=record.image_id,
             )
-            entries.append(len(composed.ids))
         except Unsupervised:
             entries.append(0)
+        except BadSample:
+            return [0], 0, ("bad_samples", record.image_id)
+        else:
+            entries.append(len(composed.ids))
+            images = composed.num_images
     bad = None if any(entries) else ("unsupervised", record.image_id)
-    return entries or [0], len(record.images), bad
+    return entries or [0], images, bad
 
 
 def _key(facts: dict[str, Any]) -> str:

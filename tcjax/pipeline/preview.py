@@ -20,6 +20,7 @@ from PIL import Image
 from tcjax.config import Pixels
 from tcjax.pipeline import images
 from tcjax.pipeline.chat import Chat, Composed
+from tcjax.pipeline.conversation import MARK
 from tcjax.pipeline.sample import BadSample, BrokenShard, CorruptImage, Record, Records
 
 _STYLE = """
@@ -92,7 +93,7 @@ def _conversation(chat: Chat, row: Composed) -> str:
     for (is_image, supervised), run in groupby(kinds, key=lambda token: (bool(token[1]), bool(token[2]))):
         ids = [int(token[0]) for token in run]
         if is_image:
-            parts.append(f"<i>{html.escape(chat.template.image)} x {len(ids)}</i>")
+            parts.append(f"<i>{html.escape(chat.template.image or MARK)} x {len(ids)}</i>")
             continue
         text = html.escape(chat.tokenizer.decode(ids, skip_special_tokens=False))
         parts.append(f"<b>{text}</b><br>" if supervised else text)

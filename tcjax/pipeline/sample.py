@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
+
+MARK = "<image>"
 
 
 class Turn(NamedTuple):
@@ -44,6 +47,16 @@ class CorruptImage(ValueError):
     def __init__(self, image_id: str, reason: str):
         super().__init__(f"image {image_id!r} cannot be read ({reason}); replace it and prepare the dataset again.")
         self.image_id = image_id
+
+
+def some_turns(turns: Sequence[Turn], chosen: Sequence[int]) -> list[Turn]:
+    """Some turns of a conversation, asked without the others: marks go, so that all its images come before them."""
+    if len(chosen) == len(turns):
+        return list(turns)
+    return [
+        turn._replace(question=turn.question.replace(MARK, "").strip()) if MARK in turn.question else turn
+        for turn in (turns[number] for number in chosen)
+    ]
 
 
 class Records(Protocol):

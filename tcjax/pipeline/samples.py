@@ -23,7 +23,7 @@ from tcjax.pipeline.chat import Chat, Unsupervised
 from tcjax.pipeline.lengths import Lengths
 from tcjax.pipeline.order import Place
 from tcjax.pipeline.row import Features, Sample
-from tcjax.pipeline.sample import BadSample, Record, Records
+from tcjax.pipeline.sample import BadSample, Record, Records, some_turns
 
 KINDS = ("corrupt_images", "bad_samples", "unsupervised")
 LABELS = ("digit_cells", "colour_cells")
@@ -46,7 +46,8 @@ class Samples:
     features: the tower's tokens of every image; images are then not decoded.
     lengths: of every record, where rows are planned by them.
     skipped: {record: (kind, image_id)} of what could not be used so far, including what measuring the lengths found.
-    dropped_turns, truncated_answers: {record: number} of what did not fit into text_length, of samples read so far.
+    dropped_turns: {record: turns that did not fit into text_length}, of samples read so far.
+    truncated_answers: records of which an answer lost its end.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class Samples:
         self.lengths = lengths
         self.skipped: dict[int, tuple[str, str]] = {} if lengths is None else dict(lengths.known)
         self.dropped_turns: dict[int, int] = {}
+        self.truncated_answers: set[int] = set()
         self._known = len(self.skipped)
         self._seen = np.zeros(len(prepared), bool)
         self._lock = threading.Lock()
@@ -83,7 +85,7 @@ class Samples:
             return None
         try:
             sample = self._read(place)
-        except (images.CorruptImage, BadSample, Unsupervised) as error:
+        except (images.CorruptImage, BadSample) as error:
             self._count(place.index, error)
             return None
         self._seen[place.index] = True
@@ -119,19 +121,21 @@ class Samples:
 
     def _read(self, place: Place) -> Sample:
         record = self.prepared[place.index]
-        num = len(record.images)
-        if num > self.data.images:
-            raise _too_many(record.image_id, num, self.data.images)
-        turns = [record.turns[turn] for turn in place.chosen(len(record.turns), self.data.turns)]
+        chosen = place.chosen(len(record.turns), self.data.turns)
         composed = self.chat.compose(
-            turns,
+            some_turns(record.turns, chosen.tolist()),
             num_queries=self.num_queries,
             text_length=self.data.text_length,
-            num_images=num,
+            num_images=len(record.images),
             name=record.image_id,
         )
+        num = composed.num_images
+        if num > self.data.images:
+            raise _too_many(record.image_id, num, self.data.images)
         if composed.dropped:
             self.dropped_turns[place.index] = composed.dropped
+        if composed.truncated:
+            self.truncated_answers.add(place.index)
         labels_NL = None
         if self.patch is not None:
             labels_NL = patch_labels(record, self.labels, self.pixels.size_YX, self.patch)

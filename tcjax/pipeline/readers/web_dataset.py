@@ -70,7 +70,7 @@ class WebDataset:
                         )
                     last = member.key
                     seen.add(hash(last))
-                    keys += member.key.encode()
+                    keys += member.key.encode(errors="backslashreplace")
                     key_ends.append(len(keys))
                     owners.append(owner)
                     first.append(first[-1])
