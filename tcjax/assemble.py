@@ -57,7 +57,7 @@ def assemble(
     mesh: Mesh | None = None,
     trainable: Collection[str] = (),
     frozen: str = "float32",
-    lora: LoraConfig | None = None,
+    lora: LoraConfig = LoraConfig(),
 ) -> tuple[nnx.Module, dict[str, Any]]:
     """Make the model of `config` with its weights on `mesh`, and say who it is.
 
@@ -119,10 +119,10 @@ def assemble(
     return nnx.merge(graphdef, state), identity
 
 
-def build(config: Any, seed: int = 0, lora: LoraConfig | None = None) -> Any:
+def build(config: Any, seed: int = 0, lora: LoraConfig = LoraConfig()) -> Any:
     """The model with first weights from the seed; also what nnx.eval_shape builds abstractly."""
     model = config.build(nnx.Rngs(seed))
-    if lora is not None:
+    if lora.rank:
         _attach(model, lora, seed)
     return model
 

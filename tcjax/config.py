@@ -179,16 +179,17 @@ class DataConfig:
 class LoraConfig:
     """An update of low rank beside linear layers of the frozen LLM; it learns where `trainable` names "lora".
 
-    rank: LLaVA's 128. alpha: the update counts alpha / rank times. targets: names of layers in every block.
+    rank: of the update, LLaVA's is 128; 0 is none. alpha: the update counts alpha / rank times. targets: names of layers in
+        every block.
     """
 
-    rank: int = 128
+    rank: int = 0
     alpha: float = 256.0
     targets: tuple[str, ...] = ("query", "key", "value", "out", "gate", "up", "down")
 
     def __post_init__(self):
-        if self.rank < 1:
-            raise ValueError(f"lora.rank={self.rank} must be at least 1; without an update, lora is None.")
+        if self.rank < 0:
+            raise ValueError(f"lora.rank={self.rank} must be at least 1, or 0 for no update.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,7 +214,7 @@ class TrainConfig:
 
     steps: int
     trainable: tuple[str, ...] = ("compressor",)
-    lora: LoraConfig | None = None
+    lora: LoraConfig = LoraConfig()
     peak_lr: float = 1e-3
     lr_of: dict[str, float] = field(default_factory=dict)
     end_lr: float = 0.0

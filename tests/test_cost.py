@@ -235,7 +235,7 @@ def test_a_frozen_kernel_costs_4_and_its_update_6_per_weight_and_token():
         training_flops(VLM, 12, ("compressor", "lora"))
 
 
-def multiplied_by_the_gradient(trainable: tuple[str, ...], lora: LoraConfig | None = None) -> int:
+def multiplied_by_the_gradient(trainable: tuple[str, ...], lora: LoraConfig = LoraConfig()) -> int:
     """FLOPs of a gradient step of VLM on one row of 16 positions, every one supervised."""
     model = nnx.eval_shape(lambda: build(VLM, lora=lora))
     graphdef, parts, rest = split(model, trainable)

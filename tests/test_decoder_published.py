@@ -9,13 +9,17 @@ import pytest
 import torch
 import transformers
 from flax import nnx
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from configs import llms
+from tcjax.assemble import assemble
+from tcjax.compressors import mlp
 from tcjax.interop.prefixes import places, recognise
 from tcjax.llms import published
 from tcjax.llms.decoder import LlmConfig
+from tcjax.vlm import VlmConfig
 from tests.decoder_twins import CASES, LLAMA, loaded, prompt, randomise
+from tests.tiny import TOWER
 
 PARAMETERS = {
     "llama_2_7b": 6_738_415_616,
@@ -255,6 +259,20 @@ def test_the_llm_of_a_llava_folder_is_read_strictly(tmp_path):
     np.testing.assert_allclose(logits_BSV, expected_BSV, rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match=r"language_model.surprise is no tensor of a LLaVA checkpoint"):
         places([*tensors, "language_model.surprise"], published.LAYOUTS, published.SIGN, "an LLM")
+
+
+def test_a_run_takes_its_llm_from_a_llava_folder_and_from_no_other_architecture(tmp_path):
+    llava(tmp_path / "llava")
+    config = VlmConfig(tower=TOWER, compressor=mlp.Config(), llm=published.llm("llava", root=tmp_path))
+    model, _ = assemble(config, root=tmp_path)
+    tensors = load_file(tmp_path / "llava/model.safetensors")
+    for n in range(LLAMA.layers):
+        gate = tensors[f"language_model.model.layers.{n}.mlp.gate_proj.weight"]
+        np.testing.assert_array_equal(np.asarray(model.llm.blocks.gate.kernel[...])[n], gate.T)
+    save_file({"transformer.wte.weight": np.zeros((2, 2), np.float32)}, tmp_path / "gpt2.safetensors")
+    other = dataclasses.replace(config, llm=dataclasses.replace(LLAMA, weights="gpt2.safetensors"))
+    with pytest.raises(ValueError, match=r"an LLM in gpt2.safetensors is not there(.|\n)*transformer.wte.weight"):
+        assemble(other, root=tmp_path)
 
 
 def test_layouts_of_other_publishers_are_recognised_too():

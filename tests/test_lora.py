@@ -51,6 +51,18 @@ def test_a_fresh_update_changes_no_bit():
     np.testing.assert_array_equal(run(VLM.build(nnx.Rngs(0))), run(a_model()))
 
 
+def test_updates_compute_the_same_in_graph_and_tree_mode():
+    llm = a_model().llm
+    names.assign(llm, planted_updates(llm))
+    tokens_BS = np.arange(12).reshape(2, 6)
+    expected_BSD = llm(llm.embed(tokens_BS))
+    assert np.abs(expected_BSD - VLM.build(nnx.Rngs(0)).llm(llm.embed(tokens_BS))).max() > 1e-2
+    for graph in (True, False):
+        graphdef, state = nnx.split(llm, graph=graph)
+        run = jax.jit(lambda state, g=graphdef: nnx.merge(g, state)(llm.embed(tokens_BS)))
+        np.testing.assert_allclose(run(state), expected_BSD, atol=1e-5)
+
+
 def test_the_model_is_the_one_that_it_would_be_without(tmp_path):
     plain, _ = assemble(VLM, root=tmp_path)
     updated, identity = assemble(VLM, root=tmp_path, lora=LORA)
@@ -203,7 +215,7 @@ def test_an_elastic_compressor_is_scored_with_its_updates():
     ("train", "message"),
     [
         ({"lora": LORA}, r"train.lora adds updates that trainable=\('compressor',\) would freeze at 0; name 'lora'"),
-        ({"trainable": BOTH}, r"which are \['compressor', 'llm', 'tower'\] \(train.lora adds 'lora'\)"),
+        ({"trainable": BOTH}, r"which are \['compressor', 'llm', 'tower'\] \(train.lora.rank adds 'lora'\)"),
         ({"trainable": BOTH, "lora": LORA, "lr_of": {"llm": 1e-5}}, r"lr_of gives \{'llm': 1e-05\}; it takes positive"),
         (
             {"lr_of": {"compressor": 0.0}},
@@ -222,8 +234,8 @@ def test_impossible_updates_say_why():
         ValueError, match=r"lora.targets=\('q_proj',\) must name .*\['down', 'gate', 'key', 'out', 'query'"
     ):
         a_model(LoraConfig(rank=2, targets=("q_proj",)))
-    with pytest.raises(ValueError, match=r"lora.rank=0 must be at least 1"):
-        LoraConfig(rank=0)
+    with pytest.raises(ValueError, match=r"lora.rank=-1 must be at least 1, or 0"):
+        LoraConfig(rank=-1)
 
     class NoLlm:
         def build(self, rngs):

@@ -154,7 +154,7 @@ def training_flops(
     text_tokens: int,
     trainable: Sequence[str] = ("compressor",),
     *,
-    lora: LoraConfig | None = None,
+    lora: LoraConfig = LoraConfig(),
     supervised: int | None = None,
     cached_features: bool = False,
 ) -> int:
@@ -175,7 +175,7 @@ def training_flops(
     parts = {
         "tower": Flops(0, 0) if cached_features else tower_flops(config.seen),
         "compressor": Flops(compressor_flops(compressor, config.widths), 0),
-        **({PART: Flops(lora_flops(config.llm, lora, sum(sequences)), 0)} if lora else {}),  # inside the LLM
+        **({PART: Flops(lora_flops(config.llm, lora, sum(sequences)), 0)} if lora.rank else {}),  # inside the LLM
         "llm": Flops(blocks.weights + head_flops(config.llm, asked), blocks.attention),
     }
     unknown = sorted(set(trainable) - set(parts))

@@ -85,7 +85,7 @@ def export(
         tensors.save(building / "golden.safetensors", _golden(llm))
         (building / "verify.py").write_text((hf_folder.TEMPLATES / "verify.py").read_text())
         facts = {"provenance": origin.provenance(run, identity, root), "versions": versions()}
-        facts |= {"parity": hf_folder.certify(building), "lora_merged": run.train.lora is not None}
+        facts |= {"parity": hf_folder.certify(building), "lora_merged": run.train.lora.rank > 0}
         seal(building, KIND, facts)
     return out
 

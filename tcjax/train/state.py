@@ -31,7 +31,7 @@ def split(model: nnx.Module, parts: tuple[str, ...]) -> tuple[Any, Any, Any]:
     unknown = [part for part in parts if part not in names]
     if unknown or not parts:
         raise ValueError(
-            f"trainable={parts!r} must name parts of {type(model).__name__}, which are {names} (train.lora adds {PART!r})."
+            f"trainable={parts!r} must name parts of {type(model).__name__}, which are {names} (train.lora.rank adds {PART!r})."
         )
     if PART in names and PART not in parts:
         raise ValueError(
