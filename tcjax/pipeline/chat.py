@@ -22,7 +22,11 @@ from tcjax.config import Template
 from tcjax.pipeline.sample import Turn
 
 
-class Unsupervised(ValueError):
+class BadConversation(ValueError):
+    """A sample that cannot be trained on; the message names it."""
+
+
+class Unsupervised(BadConversation):
     """No answer of a conversation fits: there would be nothing to learn from it."""
 
 

@@ -23,10 +23,10 @@ import numpy as np
 
 import tcjax
 from tcjax.config import DataConfig, Source, Template
-from tcjax.pipeline.chat import Chat, Unsupervised
+from tcjax.pipeline.chat import BadConversation, Chat, Unsupervised
 from tcjax.pipeline.order import Place
 from tcjax.pipeline.sample import BadSample, Records, outline, some_turns
-from tcjax.record import file_hash, fingerprint, to_dict
+from tcjax.record import fingerprint, to_dict
 
 FOLDER = "runs/lengths"
 _CHUNK = 1024  # records handed to the threads between two reports of progress
@@ -107,7 +107,7 @@ def facts_of(root: Path, source: Source, data: DataConfig, template: Template, n
     return {
         "source": fingerprint(replace(source, weight=1.0), root),
         "records": num,
-        "tokenizer": file_hash(root / data.tokenizer),
+        "tokenizer": fingerprint(data.tokenizer, root),
         "template": to_dict(template),
         "text_length": data.text_length,
         "turns": data.turns,
@@ -136,7 +136,7 @@ def _measure(
             )
         except Unsupervised:
             entries.append(0)
-        except BadSample:
+        except BadConversation:
             return [0], 0, ("bad_samples", record.image_id)
         else:
             entries.append(len(composed.ids))

@@ -19,7 +19,7 @@ import numpy as np
 
 from tcjax.config import DataConfig, Pixels
 from tcjax.pipeline import images
-from tcjax.pipeline.chat import Chat, Unsupervised
+from tcjax.pipeline.chat import BadConversation, Chat, Unsupervised
 from tcjax.pipeline.lengths import Lengths
 from tcjax.pipeline.order import Place
 from tcjax.pipeline.row import Features, Sample
@@ -81,11 +81,12 @@ class Samples:
 
     def read(self, place: Place) -> Sample | None:
         """The sample of a record; None if it cannot be used."""
-        if place.index in self.skipped:
+        kind, _ = self.skipped.get(place.index, ("", ""))
+        if kind and not (kind == "unsupervised" and place.draw):  # another turn of it may fit
             return None
         try:
             sample = self._read(place)
-        except (images.CorruptImage, BadSample, Unsupervised) as error:
+        except (images.CorruptImage, BadSample, BadConversation) as error:
             self._count(place.index, error)
             return None
         self._seen[place.index] = True
