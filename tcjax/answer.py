@@ -1,9 +1,10 @@
 """Evaluating a Run: its questions through the trained model, the controls, the scores, and what an answer costs.
 
 Every question of the evaluation source is asked alone: the image, the question, a greedy answer. The controls ask the
-same questions about a grey image ("blank") and about another sample's image ("shuffled"): what they score is owed to
-language alone. A compressor that is told the question is also told nothing ("null_text") or another question
-("shuffled_text"), while the LLM reads the right one: what the score loses is owed to the conditioning.
+same questions about a grey image ("blank"), another sample's image ("shuffled") and noise of the data's own colours
+("random"): what they score is owed to language alone. A compressor that is told the question is also told nothing
+("null_text") or another question ("shuffled_text"), while the LLM reads the right one: what the score loses is owed to
+the conditioning.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +30,15 @@ from tcjax.evaluate.generate import make_generate, make_prefill
 from tcjax.evaluate.scores import Answer, exact_match, is_right, mean_accuracy, token_accuracy
 from tcjax.job import tower_features
 from tcjax.pipeline import images as pictures
-from tcjax.pipeline.chat import Chat, fitted, load_tokenizer
+from tcjax.pipeline.chat import Chat, fitted, open_chat
 from tcjax.pipeline.images import CorruptImage
 from tcjax.pipeline.input import TooManyCorrupt
+from tcjax.pipeline.pictures import Noise, grey, stacked
 from tcjax.pipeline.questions import EvaluationSet, questions
 from tcjax.pipeline.source import open_source
 from tcjax.vlm import Vlm, VlmConfig
 
-CONTROLS = ("blank", "shuffled")
+CONTROLS = ("blank", "shuffled", "random")
 TEXT_CONTROLS = ("null_text", "shuffled_text")
 SHORT = 8  # answers of up to so many tokens are generated together, longer ones apart
 TIMED = 5  # prefills measured; the median is reported
@@ -67,9 +69,9 @@ def evaluate_run(
             f"controls {unknown} are unknown; choose among {list(possible)} (those of the text need a compressor that "
             f"is told the question)."
         )
-    chat = Chat(load_tokenizer(root / run.data.tokenizer))
+    chat = open_chat(root / run.data.tokenizer, run.data.template)
     asked = questions(open_source(root, scored.source), chat, num_queries=config.num_queries, boards=scored.boards)
-    (end,) = chat.end_ids
+    end = chat.stop_ids
     images = Images(model, identity, run, root=root, quiet=quiet)
     images.check(run.data.max_corrupt)
     asked = asked.rows(np.isin(asked.index_B, images.readable))
@@ -79,6 +81,7 @@ def evaluate_run(
         "": (asked, images.of),
         "blank": (asked, images.blank),
         "shuffled": (asked, images.shuffled),
+        "random": (asked, images.random),
         "null_text": (asked.without_text(), images.of),
         "shuffled_text": (asked.with_other_text(), images.of),
     }
@@ -137,10 +140,8 @@ class Images:
         self._prepared, self._pixels = open_source(root, source), model.tower.cfg.pixels
         cached = bool(run.train.feature_cache)
         self._features = tower_features(model, identity, run, source, root=root, quiet=quiet) if cached else None
-        self._grey = {"images_BYX3": np.zeros((1, *self._pixels.shape), np.float32)}  # the mean colour, once normalised
-        if self._pixels.geometry == "naflex":
-            side = self._pixels.size_YX[0] // self._pixels.patch
-            self._grey["grids_B2"] = np.full((1, 2), side, np.int32)
+        self._noise: Noise | None = None
+        self._grey = stacked("images_BYX3", [grey(self._pixels)])
         if cached:
             see = jax.jit(lambda told: model.see(Batch(**told)))
             self._grey = {**self._grey, "features_BNC": np.asarray(see(self._grey))}
@@ -171,7 +172,7 @@ class Images:
 
     def pixels(self, index_B: np.ndarray) -> dict[str, np.ndarray]:
         """uint8 images_BYX3, and grids_B2 where every image has its own."""
-        return _stacked("images_BYX3", [pictures.of(self._prepared[int(index)], self._pixels) for index in index_B])
+        return stacked("images_BYX3", [pictures.of(self._prepared[int(index)], self._pixels) for index in index_B])
 
     def of(self, index_B: np.ndarray) -> dict[str, np.ndarray]:
         """The images of the questions, or their cached features."""
@@ -179,7 +180,7 @@ class Images:
         if features is None:
             return self.pixels(index_B)
         seen = [(features(index).astype(np.float32), features.grid(index)) for index in index_B.tolist()]
-        return _stacked("features_BNC", seen)
+        return stacked("features_BNC", seen)
 
     def blank(self, index_B: np.ndarray) -> dict[str, np.ndarray]:
         """The same grey image for every question."""
@@ -191,11 +192,12 @@ class Images:
         position_B = np.searchsorted(self.readable, index_B)
         return self.of(self.readable[(position_B + max(num // 2, 1)) % num])
 
-
-def _stacked(name: str, seen: list[tuple[np.ndarray, np.ndarray | None]]) -> dict[str, np.ndarray]:
-    """Batch fields of images, or of their features, and of their grids."""
-    grids = [grid for _, grid in seen if grid is not None]
-    return {name: np.stack([array for array, _ in seen])} | ({"grids_B2": np.stack(grids)} if grids else {})
+    def random(self, index_B: np.ndarray) -> dict[str, np.ndarray]:
+        """Noise with the mean and deviation of the set's own colours, another for every image."""
+        if self._noise is None:
+            own = (pictures.of(self._prepared[int(index)], self._pixels)[0] for index in self.readable)
+            self._noise = Noise(pictures.normalise(image, self._pixels) for image in own)
+        return stacked("images_BYX3", [self._noise.of(int(index), self._pixels) for index in index_B])
 
 
 def distinct(asked: EvaluationSet) -> tuple[np.ndarray, np.ndarray]:
@@ -220,7 +222,7 @@ def looks(model: Vlm, run: Run, *, root: Path, out: Path, boards: int = 4) -> Pa
     config, scored = run.model, run.evaluate
     assert isinstance(config, VlmConfig) and scored is not None
     prepared, shown, told = open_source(root, scored.source), [], []
-    chat = Chat(load_tokenizer(root / run.data.tokenizer))
+    chat = open_chat(root / run.data.tokenizer, run.data.template)
     for index in range(len(prepared)):
         with contextlib.suppress(CorruptImage):
             question = prepared[index].turns[0].question if config.reads_text else ""
@@ -229,7 +231,7 @@ def looks(model: Vlm, run: Run, *, root: Path, out: Path, boards: int = 4) -> Pa
             told.append(fitted(chat.instruction(question), run.data.instruction_length))
         if len(shown) == boards:
             break
-    seen = _stacked("images_BYX3", [image for _, image in shown])
+    seen = stacked("images_BYX3", [image for _, image in shown])
     batch = Batch(**seen, instruction_BT=np.stack(told), index_B=np.arange(len(shown)))
     see = jax.jit(lambda batch: model.compress(batch, Context(assign=True)).assign_BQN)
     path = out / "looks.npz"
@@ -289,7 +291,7 @@ def _prefill_seconds(model: Vlm, asked: EvaluationSet, images: Images, size: int
     return float(np.median(seconds)) / size
 
 
-def _write(path: Path, asked: EvaluationSet, answers: list[Answer], chat: Chat, end: int) -> None:
+def _write(path: Path, asked: EvaluationSet, answers: list[Answer], chat: Chat, end: Sequence[int]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     texts = (asked.task_B, asked.question_B, asked.answer_B)
     with path.open("w") as file:

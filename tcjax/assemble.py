@@ -18,7 +18,7 @@ from tcjax.interop import artifact, names, prefixes, tensors
 from tcjax.llms import decoder
 from tcjax.llms.decoder import LlmConfig
 from tcjax.record import IS, to_dict
-from tcjax.towers import layouts
+from tcjax.towers import layouts, published
 from tcjax.towers.dual import Dual
 from tcjax.towers.vit import VitConfig
 
@@ -43,7 +43,10 @@ def assemble(
     for part, part_config, module in _parts(config, model):
         origin = f"random from seed {seed}"
         if part_config.weights:
-            arrays = tensors.load(root / part_config.weights)
+            path = root / part_config.weights
+            if isinstance(part_config, VitConfig):
+                published.check(path if path.is_dir() else path.parent, part_config)
+            arrays = tensors.load(path)
             origin = tensors.content_hash(arrays)
             table, ignored = published_names(part_config)
             arrays = {ours: arrays[there] for ours, there in places(part_config, arrays).items()}

@@ -13,7 +13,7 @@ class Batch(NamedTuple):
     The leading axis is rows, or, where it says so, images: R per row, row after row (rows * R). A slot without an image
     holds zeros, an `index_B` of -1 and a null instruction; no position refers to it.
 
-    tokens_BS: int32 text ids; at image positions the tokenizer's image id.
+    tokens_BS: int32 text ids; at image positions some id of the tokenizer, is_image_BS alone says which those are.
     is_image_BS: bool, Q True for every image of the row; their running count indexes the row's R * Q visual tokens.
     supervised_BS: bool, True where this token is a target (answers and their end mark). Not shifted.
     valid_BS: bool, False on padding.

@@ -1,7 +1,8 @@
 """The door: one thin verb per line. What a user can cause is one line on stderr and exit code 2, never a trace.
 
     tcjax train CONFIG [--field value ...]      CONFIG is file.py or file.py:function; any field by its dotted name
-    tcjax evaluate RUN | report STUDY_DIR | export RUN --out DIR | import CHECKPOINT --out DIR | ablate STUDY
+    tcjax evaluate RUN [--benchmark NAME --files DIR] | compare RUN RUN | generate RUN IMAGE QUESTION
+    tcjax report STUDY_DIR | export RUN --out DIR | import CHECKPOINT --out DIR | ablate STUDY
     tcjax compressors | data prepare|verify|preview SOURCE
 
 `TCJAX_TRACE=1` shows the trace as well.
@@ -23,25 +24,11 @@ import tyro
 
 import tcjax
 from tcjax.arguments import numbers, pair, parse
+from tcjax.cli_answers import Compare, Evaluate, Generate, compare, evaluate, generate
 from tcjax.cli_data import Data, data
 from tcjax.cli_weights import Export, Import, export_weights, import_weights
 
 Positional = tyro.conf.Positional
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evaluate:
-    """Answer the run's questions and print the scores.
-
-    run: folder of a trained run. json: print the scores as JSON instead of a table.
-    queries: comma-separated numbers of visual tokens at which to score the same weights (elastic compressors; `tcjax
-        compressors` says which); left out, the number it was trained at.
-    """
-
-    run: Positional[Path]
-    queries: str = ""
-    json: bool = False
-    quiet: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,30 +155,6 @@ def _train(arguments: list[str]) -> int:
     return 0
 
 
-def _evaluate(arguments: list[str]) -> int:
-    asked = parse(Evaluate, arguments)
-
-    from tcjax import content
-    from tcjax.answer import evaluate_run
-    from tcjax.job import at, load_run, trained
-    from tcjax.study.tables import score_table
-
-    run, root = load_run(asked.run), content.project_root(asked.run)
-    model, identity, step = trained(run, root=root, out=asked.run)
-    queries = numbers(asked.queries, "--queries")
-    places = {number: asked.run / f"at-{number}" for number in queries} if queries else {None: asked.run}
-    every = []
-    for number, place in places.items():
-        here, its_model = (run, model) if number is None else at(run, model, number)
-        scores = evaluate_run(here, its_model, identity, root=root, out=place, quiet=asked.quiet)  # pyright: ignore
-        every.append(scores | {"step": step})
-        if not asked.json:
-            score_table(run.name, step, scores)
-    if asked.json:
-        print(json.dumps(every if queries else every[0], indent=1))
-    return 0
-
-
 def _ablate(arguments: list[str]) -> int:
     asked = parse(Ablate, arguments)
 
@@ -237,6 +200,8 @@ def _compressors(arguments: list[str]) -> int:
 
 _FORMS: dict[str, type] = {
     "evaluate": Evaluate,
+    "compare": Compare,
+    "generate": Generate,
     "ablate": Ablate,
     "report": Report,
     "export": Export,
@@ -246,7 +211,9 @@ _FORMS: dict[str, type] = {
 }
 VERBS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
-    "evaluate": _evaluate,
+    "evaluate": evaluate,
+    "compare": compare,
+    "generate": generate,
     "ablate": _ablate,
     "report": _report,
     "export": export_weights,

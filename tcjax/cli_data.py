@@ -21,7 +21,7 @@ from typing import Any
 import tyro
 
 from tcjax.arguments import pair, parse
-from tcjax.config import Pixels, Source
+from tcjax.config import Pixels, Source, Template
 
 Positional = tyro.conf.Positional
 
@@ -171,15 +171,16 @@ class _Seen:
     root: Path
     sources: tuple[Source, ...]
     tokenizer: Path
+    template: Template
     pixels: Pixels
     num_queries: int
     text_length: int
 
     @property
     def chat(self) -> Any:
-        from tcjax.pipeline.chat import Chat, load_tokenizer
+        from tcjax.pipeline.chat import open_chat
 
-        return Chat(load_tokenizer(self.tokenizer))
+        return open_chat(self.tokenizer, self.template)
 
 
 def _seen(asked: Data) -> _Seen:
@@ -193,6 +194,7 @@ def _seen(asked: Data) -> _Seen:
             root=root,
             sources=(_source(asked, root, ()),),
             tokenizer=asked.tokenizer or Path("configs/boards_base/tokenizer.json"),
+            template=Template(),
             pixels=Pixels(size_YX=size or (64, 64)),
             num_queries=0,
             text_length=asked.text_length or 144,
@@ -206,6 +208,7 @@ def _seen(asked: Data) -> _Seen:
         if asked.source
         else tuple(_changed(source, asked, root) for source in known),
         tokenizer=asked.tokenizer or root / run.data.tokenizer,
+        template=run.data.template,
         pixels=dataclasses.replace(pixels, size_YX=size) if size else pixels,
         num_queries=run.model.num_queries,
         text_length=asked.text_length or run.data.text_length,

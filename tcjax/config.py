@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 
 GEOMETRIES = ("squash", "crop", "pad", "letterbox", "naflex")
 RESAMPLES = ("bicubic", "bilinear", "lanczos")
+PLACES = ("begin", "message", "front", "mark")  # of Template.place
+PASSES = ("span", "message", "between", "whole")  # of Template.passes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,14 +68,51 @@ class Pixels:
 
 @dataclass(frozen=True, kw_only=True)
 class Template:
-    """The strings between the spans. image and pad must be one token each, the others may be several ("USER: ")."""
+    """The strings around a conversation, which of them are learned, and what is tokenised together. Named ones: configs/.
+
+        begin system   user first question close   assistant lead answer end   again user question close   assistant ...
+                                                             ~~~~~~~~~~~~~~~ supervised, from lead to end
+
+    begin: ids in front of all, apart from the text. first: before the first question only. again: before every later user.
+    lead: between assistant mark and answer; prompts end before it. stop: what ends a generation, "" is end as a whole.
+    question: False leaves questions out (captions). strip: of blanks around every question and answer.
+    supervise_assistant: the assistant mark is learned too. everywhere: tokens learned wherever they stand.
+    image: the token at image positions; "" needs none, they carry the id of pad. pad: a token; "" is the tokenizer's own.
+    image_before, image_after: around every image. image_gap: between an image in front and its question.
+    place: where images go: "begin" behind begin; "message" before the user mark of their turn; "front" before their turn's
+        question, where a turn of several keeps them at its marks; "mark" where the published `<image>` stands.
+    passes: what is tokenised in one pass: "span" every string alone, "message" a question with its marks and an answer with
+        its end, "between" what lies between two images (LLaVA), "whole" all of it, image tokens included (transformers).
+    """
 
     begin: str = "<bos>"
-    image: str = "<image>"
+    system: str = ""
     user: str = "<user>"
+    first: str = ""
+    close: str = ""
     assistant: str = "<assistant>"
+    lead: str = ""
     end: str = "<end>"
+    stop: str = ""
+    again: str = ""
+    question: bool = True
+    strip: bool = False
+    supervise_assistant: bool = False
+    everywhere: tuple[str, ...] = ()
+    image: str = "<image>"
+    image_before: str = ""
+    image_after: str = ""
+    image_gap: str = ""
+    place: str = "begin"
+    passes: str = "span"
     pad: str = "<pad>"
+
+    def __post_init__(self):
+        for name, possible in (("place", PLACES), ("passes", PASSES)):
+            if getattr(self, name) not in possible:
+                raise ValueError(f"Template.{name}={getattr(self, name)!r} is unknown; choose one of {list(possible)}.")
+        if self.passes == "whole" and not self.image:
+            raise ValueError('Template.passes="whole" tokenises images with their text and needs an image token.')
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +143,8 @@ class Source:
 class DataConfig:
     """Where samples come from and how they become batches.
 
+    tokenizer: a tokenizer.json, or a checkpoint's folder with a tokenizer.json or a tokenizer.model.
+    template: how conversations are written; the tokens it names are the tokenizer's.
     batch: global batch, over all hosts. text_length: positions for everything but the Q tokens of every image.
     batching: how samples become rows of `images` * Q + text_length positions. "rows": one each. "packed": as many as fit,
         as segments that do not see each other. "grouped": one each, in batches of like length, with or without images;
@@ -120,6 +161,7 @@ class DataConfig:
 
     sources: tuple[Source, ...]
     tokenizer: str
+    template: Template = Template()
     batch: int = 64
     text_length: int = 144
     batching: str = "rows"
@@ -173,7 +215,8 @@ class EvaluateConfig:
 
     boards: at most so many images (0: all). batch: questions per forward pass.
     queries: other numbers of visual tokens at which the same weights are scored too (elastic compressors).
-    controls: "blank" (a grey image) and "shuffled" (another sample's image); what they score is owed to language alone.
+    controls: "blank" (a grey image), "shuffled" (another sample's image) and "random" (noise of the data's own colours); what
+        they score is owed to language alone.
         For a compressor that is told the question also "null_text" (it is told nothing) and "shuffled_text" (another
         question): what the score loses is owed to the conditioning. The LLM always reads the right question.
     """

@@ -27,7 +27,7 @@ from rich.text import Text
 from tcjax.batch import Batch
 from tcjax.config import MeshConfig, Run
 from tcjax.evaluate.cost import training_flops
-from tcjax.pipeline.chat import Chat, Composed, load_tokenizer
+from tcjax.pipeline.chat import Chat, Composed, open_chat
 from tcjax.pipeline.source import open_source
 from tcjax.sharding import MESH_AXES, check_batch, spec
 from tcjax.train.state import cast, compute_dtype, split
@@ -154,7 +154,7 @@ def _abstract_batch(run: Run, rows: int) -> Batch:
 def _data(run: Run, root: Path, num_queries: int) -> dict[str, Any]:
     """The first sample as it would be trained on, and how long the data is; what is missing says itself."""
     try:
-        chat = Chat(load_tokenizer(root / run.data.tokenizer))
+        chat = open_chat(root / run.data.tokenizer, run.data.template)
         sources = [open_source(root, source) for source in run.data.sources]
         record = sources[0][0]
         composed = chat.compose(

@@ -1,7 +1,7 @@
 """What a path in a config stands for, as a hash that changes when the content does: files, artifacts, datasets.
 
     content(root, "a.json")                SHA-256 of the file's bytes, up to 2 GiB
-    content(root, "checkpoints/x")         of a folder, of its prepared datasets and its manifest.json
+    content(root, "checkpoints/x")         of a folder, of its prepared datasets, its manifest.json or its tokenizer's files
     dataset(root, "mixture.yaml")          of the mixture and of every conversation file it names
     dataset(root, "shard-{000..099}.tar")  of each file; beyond 2 GiB of its size, modification time and both ends
     dataset(root, "data/boards")           of a folder: its dataset_info.json or records.json, which hold sizes and hashes of
@@ -43,8 +43,9 @@ def content(root: Path, text: str) -> str:
         return ""
     if path.is_file():
         return _file(path)
-    # Names, sizes and record counts of every shard; of an artifact, the hash of every file.
+    # Names, sizes and record counts of every shard; of an artifact, the hash of every file; of a checkpoint, its tokenizer.
     facts = sorted(path.glob("prepared/**/dataset_info.json")) or sorted(path.glob("manifest.json"))
+    facts = facts or sorted(path.glob("*token*"))
     return _joined(map(file_hash, facts))
 
 

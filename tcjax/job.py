@@ -29,6 +29,7 @@ from tcjax.evaluate.cost import training_flops
 from tcjax.interop import names
 from tcjax.interop.mismatch import mismatch
 from tcjax.pipeline import images
+from tcjax.pipeline.chat import open_chat
 from tcjax.pipeline.images import CorruptImage
 from tcjax.pipeline.input import make_input
 from tcjax.pipeline.sample import BadSample, Record
@@ -62,6 +63,8 @@ def load_run(out: Path) -> Run:
 def train_run(run: Run, *, root: Path, out: Path, quiet: bool = False) -> Outcome:
     """Train a run in its folder `out`, resuming if it holds checkpoints. With 0 steps the model is the one assembled."""
     config: Any = run.model
+    if isinstance(config, VlmConfig):  # before gigabytes are read
+        open_chat(root / run.data.tokenizer, run.data.template).check_vocab(config.llm.vocab)
     model, identity = assemble(config, root=root, seed=run.train.seed, start=run.train.weights)
     features = None
     if run.train.feature_cache:

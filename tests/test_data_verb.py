@@ -135,7 +135,7 @@ def test_the_verb_sees_as_a_run_does(project, capsys):
     assert report["records"] == 4  # the config's own sampling holds
     assert main(["data", "verify", "llava/data.json", "--config", "configs/a.py", "--sampling", "all", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)[0]["records"] == 10
-    assert main(["data", "verify", "rows.parquet", "--config", "configs/a.py", "--text-length", "8"]) == 1
+    assert main(["data", "verify", "rows.parquet", "--config", "configs/a.py", "--text-length", "3"]) == 1
     assert "unsupervised: " in capsys.readouterr().out
 
 

@@ -67,6 +67,17 @@ def test_a_row_says_nothing_after_its_end_mark_and_the_others_go_on(model):
     assert (said[0, 1:] == end).all()
 
 
+def test_a_row_ends_at_any_of_several_ids_and_repeats_it(model):
+    batch = prompts()
+    free = np.asarray(make_generate(model, end=())(batch, STEPS))
+    np.testing.assert_array_equal(free, by_whole_passes(model, batch, VOCAB + 1))
+    ends = (int(free[0, 1]), int(free[1, 2]))
+    said = np.asarray(make_generate(model, end=ends)(batch, STEPS))
+    for row, whole in zip(said, free, strict=True):
+        first = next((step for step, token in enumerate(whole) if token in ends), STEPS - 1)
+        np.testing.assert_array_equal(row, [*whole[: first + 1], *[whole[first]] * (STEPS - 1 - first)])
+
+
 def test_a_shape_compiles_once(model):
     answer, compiled = make_generate(model, end=0), []
     jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: compiled.append(name))

@@ -11,7 +11,7 @@ from configs import boards_base
 from configs.compressors import BOARDS
 from tcjax.assemble import assemble
 from tcjax.compressors import query_resampler
-from tcjax.export import hf_folder, hf_remote
+from tcjax.export import hf_chat, hf_folder, hf_remote
 from tcjax.export.torch.remote import verify
 from tcjax.vlm import VlmConfig
 from tests.hosted import IDENTITY, ROOT, a_model, a_run
@@ -47,7 +47,7 @@ def test_every_prompt_of_a_batch_tells_its_own_question(tmp_path, monkeypatch):
     run = a_run(told)
     folder = hf_remote.export(run, a_model(run), IDENTITY, out=tmp_path / "told", root=ROOT)
     model = transformers.AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True).eval()
-    chat = hf_folder.chat_of(run, ROOT)
+    chat = hf_chat.chat_of(run, ROOT)
     single = chat.render_question("colour of 7 ?", num_queries=4)
     double = [*single, *chat.answer_ids("red"), *chat.render_question("read word ?", num_queries=0)[1:]]
     longest = max(len(single), len(double))

@@ -235,7 +235,7 @@ def test_measured_lengths_are_those_of_the_rows(tmp_path, monkeypatch, turns):
 
 def test_a_source_of_which_too_much_has_no_answer_that_fits_is_refused_before_training(tmp_path, monkeypatch):
     source = mixed(num=30)
-    config = opened(monkeypatch, tmp_path, source, batching="packed", text_length=9, max_corrupt=0.1)
+    config = opened(monkeypatch, tmp_path, source, batching="packed", text_length=7, max_corrupt=0.1)
     with pytest.raises(input.TooManyCorrupt, match=r"of 30 samples.*max_corrupt=0.1 allows: unsupervised \['mixed-"):
         make(config, tmp_path)
 

@@ -101,8 +101,8 @@ def test_a_long_conversation_loses_whole_trailing_turns_and_counts_them(chat):
     np.testing.assert_array_equal(cut.tokens_S[: Q + 9], whole.tokens_S[: Q + 9])
     assert cut.supervised_S.sum() == 2
     assert cut.valid_S.sum() == Q + 9
-    with pytest.raises(ValueError, match=r"sample 'b-7' has 2 turns and none fits.*text_length=8"):
-        chat.render(TURNS, num_queries=Q, text_length=8, name="b-7")
+    with pytest.raises(ValueError, match=r"sample 'b-7' has 2 turns and none fits.*text_length=7"):
+        chat.render(TURNS, num_queries=Q, text_length=7, name="b-7")
 
 
 def test_a_prompt_continues_into_the_training_row(chat):

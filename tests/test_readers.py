@@ -2,19 +2,24 @@
 
 import json
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
-import tensorflow_datasets as tfds
-from etils import epath
-from tensorflow_datasets.core.registered import skip_registration
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from tcjax.config import Source
+from data.digit_boards import vocabulary
+from tcjax.config import DataConfig, Source
+from tcjax.pipeline.chat import Chat
+from tcjax.pipeline.lengths import measured
 from tcjax.pipeline.readers import json_rows
-from tcjax.pipeline.readers.files import expand
 from tcjax.pipeline.readers.picked import pick
 from tcjax.pipeline.sample import outline
 from tcjax.pipeline.source import BadSample, Record, Turn, format_of, open_source
+from tcjax.pipeline.store import store
 from tests.published import (
     fine_vision_rows,
     image,
@@ -86,6 +91,29 @@ def test_json_lines_lists_and_any_white_space_are_the_same_rows(tmp_path, monkey
         assert everything(opened(tmp_path, name)) == expected
 
 
+LEAVES = st.none() | st.booleans() | st.integers(-(2**60), 2**60) | st.text(max_size=8)
+VALUES = st.recursive(
+    LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3)
+)
+
+
+@given(
+    rows=st.lists(st.dictionaries(st.text(max_size=4), VALUES, max_size=4), min_size=1, max_size=6),
+    ascii_only=st.booleans(),
+    indent=st.sampled_from([None, 0, 1]),
+    piece=st.integers(1, 50),
+)
+@settings(max_examples=150, deadline=None, database=None)
+def test_any_list_of_objects_is_found_again_row_by_row(rows, ascii_only, indent, piece):
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "rows.json"
+        path.write_text(json.dumps(rows, ensure_ascii=ascii_only, indent=indent), encoding="utf-8")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(json_rows, "_PIECE", piece)
+            found = json_rows.JsonRows(path)
+        assert [found[i] for i in range(len(found))] == rows
+
+
 def test_a_big_file_takes_eight_bytes_per_row_and_is_never_whole_in_memory(tmp_path):
     row = json.dumps({"id": "0", "conversations": said(0, marks=0, turns=2), "model": "x" * 700})
     num = 20_000
@@ -123,7 +151,7 @@ def test_a_system_turn_is_kept_aside(tmp_path):
 
 
 def test_sampling_counts_as_llava_next_does():
-    # (sampling, rows) -> kept, by running the branch of llava/train/train.py that applies the strategy
+    # (sampling, rows) -> kept, by running the lines of LLaVA-NeXT's llava/train/train.py (df17966) that apply a strategy
     for (sampling, total), kept in {
         ("first:3", 10): 3, ("first:30", 10): 10, ("first:10%", 11): 2, ("first:7%", 100): 7, ("first:29%", 100): 29,
         ("end:4", 10): 4, ("end:33%", 10): 4, ("end:100%", 7): 7, ("random:1%", 665_298): 6653, ("random:5", 10): 5,
@@ -162,163 +190,21 @@ def test_a_mixture_is_its_parts_end_to_end(tmp_path):
     assert everything(opened(tmp_path, "lists/{a,b}.json")) == a + b
 
 
-# web-dataset
-
-
-def test_a_web_dataset_of_captions(tmp_path):
-    for shard in range(3):
-        members = []
-        for i in range(shard * 4, shard * 4 + 4):
-            members += [(f"x/{i:04d}.jpg", image(i)), (f"x/{i:04d}.txt", b" red 7\n")]
-            members.append((f"x/{i:04d}.json", json.dumps({"url": "u", "caption": "other"}).encode()))
-        write_tar(tmp_path / f"wds/shard-{shard:03d}.tar", members)
-    records = opened(tmp_path, "wds/shard-{000..002}.tar")
-    assert len(records) == 12
-    assert records[6] == Record((image(6),), "x/0006", [Turn("", "red 7")], {"url": "u"})
-    assert everything(opened(tmp_path, "wds")) == everything(records)
-    assert len(opened(tmp_path, "wds/shard-{000,002}.tar")) == 8
-    assert records.resident_bytes < 100 * len(records)
-
-
-def test_a_caption_in_json_a_webp_and_several_images(tmp_path):
-    members = [
-        ("a.json", b'{"caption": "blue 3", "width": 8}'), ("a.webp", image(0, "WEBP")),
-        ("b.0.png", image(1, "PNG")), ("b.1.PNG", image(2, "PNG")), ("b.txt", b"yes"), ("b.cls", b"4"), ("README", b"x"),
-    ]  # fmt: skip
-    write_tar(tmp_path / "a.tar", members)
-    assert everything(opened(tmp_path, "a.tar")) == [
-        Record((image(0, "WEBP"),), "a", [Turn("", "blue 3")], {"width": 8}),
-        Record((image(1, "PNG"), image(2, "PNG")), "b", [Turn("", "yes")], {}),
-    ]
-
-
-def test_braces_expand_as_in_a_shell():
-    assert expand("s-{008..011}.tar") == ["s-008.tar", "s-009.tar", "s-010.tar", "s-011.tar"]
-    assert expand("{a,b}/{1..2}") == ["a/1", "a/2", "b/1", "b/2"]
-    assert expand("plain.tar") == ["plain.tar"]
-    for wrong, reason in (("{5..3}.tar", "counts from 5 down to 3"), ("{x}.tar", "mean nothing")):
-        with pytest.raises(ValueError, match=reason):
-            expand(wrong)
-
-
-# parquet
-
-
-def test_fine_vision_rows(tmp_path):
-    rows = fine_vision_rows()
-    write_parquet(tmp_path / "chartqa/train-00000-of-00002.parquet", rows[:7])
-    write_parquet(tmp_path / "chartqa/train-00001-of-00002.parquet", rows[7:])
-    write_parquet(tmp_path / "chartqa/test-00000-of-00001.parquet", rows[:2])
-    records = opened(tmp_path, "chartqa")
-    assert len(records) == 10 and len(opened(tmp_path, "chartqa", split="test")) == 2
-    record = records[8]
-    assert record.images == (image(80, "PNG"), image(81, "PNG"))
-    assert record.turns == [Turn("colour of 8 ?", "3")] and record.image_id == "train-00001-of-00002:8"
-    assert record.fields["source"] == "chartqa" and record.fields["relevance_ratings"] == [4]
-    assert records[3].images == ()
-    order = np.random.default_rng(0).permutation(10)  # row groups come and go
-    assert [records[int(i)].turns for i in order] == [
-        [Turn(text["user"], text["assistant"]) for text in rows[int(i)]["texts"]] for i in order
-    ]
-    assert len(records._held) == 2
-
-
-def test_ratings_keep_the_texts_that_nanovlm_would(tmp_path):
-    rows = fine_vision_rows()
-    rows[4]["relevance_ratings"] = [None]
-    rows[2]["relevance_ratings"] = None
-    rows[5]["formatting_ratings"] = [1, 4]
-    write_parquet(tmp_path / "a.parquet", rows)
-
-    def kept(row: dict, least: int) -> list[Turn]:  # nanoVLM, data/datasets.py, _get_messages
-        names = [f"{name}_ratings" for name in ("relevance", "image_correspondence", "visual_dependency", "formatting")]
-        good = []
-        for i, text in enumerate(row["texts"]):
-            if not any(row[n] is not None and row[n][i] is not None and row[n][i] < least for n in names):
-                good.append(Turn(text["user"], text["assistant"]))
-        return good
-
-    for least in (1, 3, 4, 5):
-        expected = [turns for row in rows if (turns := kept(row, least))]
-        records = opened(tmp_path, "a.parquet", min_rating=least)
-        assert [record.turns for record in everything(records)] == expected
-        for record in everything(records):
-            ratings = record.fields["relevance_ratings"]
-            assert ratings is None or len(ratings) == len(record.turns)
-    with pytest.raises(ValueError, match="holds no row rated 6 or more"):
-        opened(tmp_path, "a.parquet", min_rating=6)
-
-
-def test_the_cauldron_has_no_ratings_and_llava_onevision_has_conversations(tmp_path):
-    rows = [{"images": [{"bytes": image(1), "path": None}], "texts": [{"user": "a", "assistant": "b", "source": "s"}]}]
-    write_parquet(tmp_path / "cauldron.parquet", rows)
-    assert opened(tmp_path, "cauldron.parquet")[0].turns == [Turn("a", "b")]
-    with pytest.raises(ValueError, match=r"min_rating=3, and .* has none of \['relevance_ratings'"):
-        opened(tmp_path, "cauldron.parquet", min_rating=3)
-    (tmp_path / "pictures").mkdir()
-    (tmp_path / "pictures/x.jpg").write_bytes(image(2))
-    rows = [{"id": "q1", "image": {"bytes": None, "path": "x.jpg"}, "conversations": said(1), "data_source": "ai2d"}]
-    write_parquet(tmp_path / "ov.parquet", rows)
-    record = opened(tmp_path, "ov.parquet", images="pictures")[0]
-    assert record == Record((image(2),), "q1", [Turn("<image>\ncolour of 1 ?", "blue")], {"data_source": "ai2d"})
-
-
-# TFDS
-
-
-def make_coco(folder):
-    """A tiny dataset with the features of TFDS's published coco_captions (object_detection/coco.py), without TensorFlow."""
-    with skip_registration():
-
-        class Tiny(tfds.core.GeneratorBasedBuilder):
-            name = "coco_captions"
-            VERSION = tfds.core.Version("1.1.0")
-
-            def _info(self):
-                features = tfds.features
-                box = {"id": np.int64, "area": np.int64, "bbox": features.BBoxFeature(), "is_crowd": np.bool_}
-                return self.dataset_info_from_configs(
-                    features=features.FeaturesDict({
-                        "image": features.Image(encoding_format="jpeg"),
-                        "image/filename": features.Text(),
-                        "image/id": np.int64,
-                        "objects": features.Sequence(box | {"label": features.ClassLabel(num_classes=80)}),
-                        "captions": features.Sequence({"text": np.str_, "id": np.int64}),
-                    })
-                )  # fmt: skip
-
-            def _split_generators(self, dl_manager):
-                return {"train": self._generate_examples(6), "val": self._generate_examples(2)}
-
-            def _generate_examples(self, num):
-                for i in range(num):
-                    corners = tfds.features.BBox(0.0, 0.25, 0.5, 1.0)
-                    box = {"area": 3, "bbox": corners, "id": i, "is_crowd": False, "label": 4}
-                    captions = [{"id": 10 * i + k, "text": f"red {k} \n"} for k in range(5)]
-                    name = f"COCO_train2014_{i:012d}.jpg"
-                    yield i, {
-                        "image": image(i), "image/filename": name, "image/id": 1000 + i,
-                        "objects": [box], "captions": captions,
-                    }  # fmt: skip
-
-    Tiny.code_path = epath.Path(__file__)
-    Tiny(data_dir=str(folder), file_format="array_record").download_and_prepare()
-
-
-def test_coco_captions_of_tfds(tmp_path):
-    make_coco(tmp_path / "tfds")
-    records = opened(tmp_path, "tfds")
-    assert len(records) == 6 and len(opened(tmp_path, "tfds/coco_captions", split="val[:1]")) == 1
-    found = {record.image_id: record for record in everything(records)}
-    assert sorted(found) == [str(1000 + i) for i in range(6)]
-    record = found["1003"]
-    assert record.images == (image(3),)
-    assert record.turns == [Turn("", f"red {k}") for k in range(5)]
-    assert record.fields["caption_ids"] == [30, 31, 32, 33, 34]
-    assert record.fields["image/filename"] == b"COCO_train2014_000000000003.jpg"
-
-
 # all of them
+
+
+def test_threads_read_what_one_would(tmp_path):
+    rows = mix_rows()
+    write_json(tmp_path, rows)
+    write_tar(tmp_path / "a.tar", tar_of(rows, tmp_path))
+    write_parquet(tmp_path / "a.parquet", fine_vision_rows(), group=2)
+    store(opened(tmp_path, "data.json"), tmp_path / "stored", source={}, shard=3)
+    order = [int(i) for i in np.random.default_rng(0).integers(0, 10, 300)]
+    for path in ("data.json", "a.tar", "a.parquet", "stored"):
+        records = opened(tmp_path, path)
+        expected = everything(records)
+        with ThreadPoolExecutor(6) as pool:
+            assert list(pool.map(records.__getitem__, order)) == [expected[i] for i in order]
 
 
 def test_an_outline_needs_no_image(tmp_path):
@@ -333,6 +219,9 @@ def test_an_outline_needs_no_image(tmp_path):
     assert outline(opened(tmp_path, "mix.yaml"), 1) == outline(record, 8)
     with pytest.raises(BadSample, match="is missing"):
         record[8]
+    data = DataConfig(sources=(), tokenizer="none", text_length=40, threads=0)
+    lengths = measured(record, Chat(vocabulary.tokenizer()), data)
+    assert lengths.known == {} and lengths.images_R.tolist() == [1, 1, 1, 0, 1, 1, 1, 0, 1, 1]
 
 
 def test_the_same_rows_in_every_format(tmp_path):

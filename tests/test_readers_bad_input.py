@@ -47,6 +47,7 @@ BAD_ROWS = {  # name: (changes of a good row, kind, reason)
     "empty file": ({"image": "empty.jpg"}, "empty_images", "image 'empty.jpg' has 0 bytes"),
     "a zero byte": ({"image": "a\0b"}, "schema", "holds a zero byte"),
     "a path that is none": ({"image": 5}, "schema", "an image path must be text, not 5"),
+    "half an emoji": ({"conversations": [HUMAN, {"from": "gpt", "value": "\ud83d"}]}, "schema", "half a character"),
     "a video": ({"video": "a.mp4"}, "schema", "it is a video"),
 }  # fmt: skip
 

@@ -67,6 +67,16 @@ def test_the_fingerprint_sees_a_dataset_prepared_anew(tmp_path):
     assert len({before, there, fingerprint(a_run(), tmp_path)}) == 3
 
 
+def test_the_fingerprint_sees_another_tokenizer_in_a_checkpoints_folder(tmp_path):
+    run = a_run()
+    run = run.replace(data=dataclasses.replace(run.data, tokenizer="llm"))
+    (tmp_path / "llm").mkdir()
+    (tmp_path / "llm/tokenizer.model").write_bytes(b"a")
+    before = fingerprint(run, tmp_path)
+    (tmp_path / "llm/tokenizer.model").write_bytes(b"b")
+    assert before != fingerprint(run, tmp_path)
+
+
 def test_every_field_of_every_config_is_keyword_only_and_frozen():
     for cls in (Run, DataConfig, TrainConfig, EvaluateConfig, Source, Pixels):
         assert all(field.kw_only for field in dataclasses.fields(cls))

@@ -129,6 +129,12 @@ def test_an_answer_is_right_if_all_of_it_is_said_and_no_more():
     assert list(accuracy) == ["read", "count", "caption"]
 
 
+def test_any_of_several_ids_ends_an_answer():
+    assert is_right(ANSWERS, (9, END)).tolist() == [True, False, True, False, False]
+    assert is_right([Answer("read", [1, 2], [1, 2, 9, 3])], (9, END)).tolist() == [True]
+    assert is_right([Answer("read", [1, 2], [1, 2])], ()).tolist() == [True]
+
+
 def test_token_accuracy_counts_positions_and_length():
     assert token_accuracy(ANSWERS, END) == {"read": 7 / 8, "count": 2 / 4, "caption": 0.0}
 

@@ -6,7 +6,7 @@ A shape compiles once. Generation of a batch ends when every row has said its en
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -25,27 +25,39 @@ def prefill(model: Vlm, batch: Batch, *, room: int) -> tuple[jax.Array, Any]:
     return model.llm.logits(hidden_BSD[:, -1:])[:, 0], cache
 
 
-def generate(model: Vlm, batch: Batch, *, steps: int, end: int) -> jax.Array:
-    """The argmax continuation of each prompt, int32 [B, steps]; after a row's end mark only `end` follows."""
+def generate(model: Vlm, batch: Batch, *, steps: int, end: int | Sequence[int]) -> jax.Array:
+    """The argmax continuation of each prompt, int32 [B, steps].
+
+    Args:
+        end: ids that finish a row, one or any of several; none: every row says `steps` tokens. A finished row repeats its
+            last id.
+    """
+    ends = jnp.array([end] if isinstance(end, int) else list(end), jnp.int32)
+
+    def finished(last_B: jax.Array) -> jax.Array:
+        return (last_B[:, None] == ends).any(-1)
+
     logits_BV, cache = prefill(model, batch, room=steps)
     first_B = logits_BV.argmax(-1).astype(jnp.int32)
-    said = jnp.full((first_B.shape[0], steps), end, jnp.int32).at[:, 0].set(first_B)
+    said = jnp.broadcast_to(first_B[:, None], (first_B.shape[0], steps))
 
     def unfinished(loop: tuple) -> jax.Array:
         step, _, last_B, _ = loop
-        return (step < steps) & (last_B != end).any()
+        return (step < steps) & ~finished(last_B).all()
 
     def extend(loop: tuple) -> tuple:
         step, said, last_B, cache = loop
         hidden_BSD, cache = model.llm.extend(model.llm.embed(last_B[:, None]), cache)
         next_B = model.llm.logits(hidden_BSD)[:, 0].argmax(-1).astype(jnp.int32)
-        next_B = jnp.where(last_B == end, end, next_B)
-        return step + 1, said.at[:, step].set(next_B), next_B, cache
+        next_B = jnp.where(finished(last_B), last_B, next_B)
+        # What follows is filled too: it stays where all rows have finished.
+        said = jnp.where(jnp.arange(steps) >= step, next_B[:, None], said)
+        return step + 1, said, next_B, cache
 
     return jax.lax.while_loop(unfinished, extend, (jnp.int32(1), said, first_B, cache))[1]
 
 
-def make_generate(model: Vlm, *, end: int) -> Callable[[Batch, int], jax.Array]:
+def make_generate(model: Vlm, *, end: int | Sequence[int]) -> Callable[[Batch, int], jax.Array]:
     """`answer(batch, steps) -> ids [B, steps]`, jitted; compiled once per shape and number of steps."""
     graphdef, state = nnx.split(model)
 

@@ -9,6 +9,7 @@ retention         mean over the same tasks of accuracy / accuracy of the uncompr
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from tcjax.evaluate.statistics import Estimate, over_tasks, proportion
 
 CAPTION = "caption"  # the one task that is judged by token accuracy
 
+End = int | Sequence[int]  # what closes an answer: one id, or any of several
 Accuracy = dict[str, dict[str, Any]]  # {task: {mean, low, high, n}}, as rows store it
 
 
@@ -29,19 +31,19 @@ class Answer(NamedTuple):
     generated: Sequence[int]
 
 
-def is_right(answers: Sequence[Answer], end: int) -> np.ndarray:
+def is_right(answers: Sequence[Answer], end: End) -> np.ndarray:
     """bool per answer: exact match. Two runs' vectors go into `statistics.difference`."""
     return np.array([_cut(answer.expected, end) == _cut(answer.generated, end) for answer in answers], bool)
 
 
-def exact_match(answers: Sequence[Answer], end: int) -> Accuracy:
+def exact_match(answers: Sequence[Answer], end: End) -> Accuracy:
     """Share of exact matches per task with Wilson's interval; tasks in the order of their first question."""
     right = is_right(answers, end)
     of_task = _by_task(answers)
     return {task: proportion(int(right[ids].sum()), len(ids))._asdict() for task, ids in of_task.items()}
 
 
-def token_accuracy(answers: Sequence[Answer], end: int) -> dict[str, float]:
+def token_accuracy(answers: Sequence[Answer], end: End) -> dict[str, float]:
     """Share of positions where answer and generation agree, per task; saying too much or too little costs as well."""
     shares = {}
     for task, ids in _by_task(answers).items():
@@ -69,9 +71,9 @@ def retention(accuracy: Mapping[str, float], reference: Mapping[str, float]) -> 
     return float(np.mean([accuracy[task] / reference[task] for task in tasks]))
 
 
-def _cut(ids: Sequence[int], end: int) -> list[int]:
-    ids = [int(i) for i in ids]
-    return ids[: ids.index(end)] if end in ids else ids
+def _cut(ids: Sequence[int], end: End) -> list[int]:
+    ends = {end} if isinstance(end, int) else set(end)
+    return [int(i) for i in itertools.takewhile(lambda i: int(i) not in ends, ids)]
 
 
 def _by_task(answers: Sequence[Answer]) -> dict[str, list[int]]:

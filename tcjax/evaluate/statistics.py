@@ -6,6 +6,7 @@
                          over the seeds' means (R - 1 degrees of freedom)
     several tasks        mean of the tasks' means; half-width = sqrt(sum of squares) / number of tasks
     two runs             bootstrap over the questions both answered, resampled together (paired), whole images at a time
+    any other figure     bootstrap of the sums it is a function of, whole images at a time
 
 Sources: Wilson 1927; Zou & Donner 2008, "Construction of confidence limits about effect measures" (separate intervals
 add in quadrature, each side for itself: MOVER); Miller 2024, "Adding Error Bars to Evals" (pairing, clusters).
@@ -15,7 +16,7 @@ Departure: Wilson takes the questions of one image as independent; `difference` 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -104,6 +105,28 @@ def difference(
         means[start : start + len(drawn)] = sums[drawn].sum(1) / sizes[drawn].sum(1)
     low, high = np.quantile(means, (0.025, 0.975))
     return Estimate(float(np.average(gain, weights=weight)), float(low), float(high), len(gain))
+
+
+def resampled(
+    parts_GK: np.ndarray, figure: Callable[[np.ndarray], np.ndarray], *, samples: int = 2_000, seed: int = 0
+) -> tuple[float, float, float]:
+    """Any figure of sums over groups, with the percentile interval of a bootstrap over the groups.
+
+    Args:
+        parts_GK: what each of G groups (images) adds to the K sums.
+        figure: sums [samples, K] -> values [samples]; a difference of two runs' figures makes the bootstrap paired.
+
+    Returns:
+        The figure of all groups, and the interval's ends.
+    """
+    rng, G = np.random.default_rng(seed), len(parts_GK)
+    values = []
+    for start in range(0, samples, 64):  # bounded memory at any number of groups
+        drawn = rng.integers(0, G, (min(64, samples - start), G))
+        times = np.stack([np.bincount(row, minlength=G) for row in drawn])
+        values.append(figure(times @ parts_GK))
+    low, high = np.quantile(np.concatenate(values), (0.025, 0.975))
+    return float(figure(parts_GK.sum(0, keepdims=True))[0]), float(low), float(high)
 
 
 def _pooled(seeds: Sequence[Estimate]) -> Estimate:

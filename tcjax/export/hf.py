@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from tcjax.config import Run
-from tcjax.export import hf_folder, hosts, origin, stock
+from tcjax.export import hf_chat, hf_folder, hosts, origin, stock
 from tcjax.export.blip2 import BLIP2, INSTRUCTBLIP
 from tcjax.export.stock import Host
 from tcjax.interop import names
@@ -44,11 +44,13 @@ def why_not(run: Run) -> str:
         return f"no stock class computes {facts['family']}; hf-remote holds it with its own code"
     if facts["frames"] != 1:
         return f"{host.name} reads images, not videos of {facts['frames']} frames"
-    reason = (
-        hosts.why_no_tower(config.seen, after_norm=host.after_norm, classes=host.towers)
-        or hosts.why_no_llm(config.llm)
-        or host.why_not(facts, config)
+    reasons = (
+        hf_chat.why_not(run),
+        hosts.why_no_tower(config.seen, after_norm=host.after_norm, classes=host.towers),
+        hosts.why_no_llm(config.llm),
+        host.why_not(facts, config),
     )
+    reason = next((reason for reason in reasons if reason), "")
     return f"{host.name}: {reason}" if reason else ""
 
 
@@ -57,8 +59,8 @@ def export(run: Run, model: Vlm, identity: dict[str, Any], *, out: Path, root: P
     assert isinstance(config, VlmConfig)
     host, tower = _host(facts), config.one_tower
     assert host is not None
-    chat = hf_folder.chat_of(run, root)
-    ids = hf_folder.token_ids(chat)
+    chat = hf_chat.chat_of(run, root)
+    ids = hf_chat.token_ids(chat)
     weights = {host.key(key): tensor for key, tensor in compressor_tensors(model, config).items()}
     of_tower = host.tower_tensors(hosts.tower_tensors(model.tower, tower, root), tower)
     weights |= {host.tower + key: tensor for key, tensor in of_tower.items()}

@@ -29,28 +29,16 @@ from flax import nnx
 from tcjax.batch import Batch
 from tcjax.config import Run
 from tcjax.evaluate.generate import generate
-from tcjax.export import origin
+from tcjax.export import hf_chat, origin
 from tcjax.export.certificate import reference_device, versions
 from tcjax.export.folder import fresh, seal, to_json
 from tcjax.interop import names, tensors
-from tcjax.pipeline.chat import Chat, Template, load_tokenizer
+from tcjax.pipeline.chat import Chat
 from tcjax.pipeline.images import normalise
 from tcjax.vlm import Vlm, VlmConfig
 
 STEPS = 8  # of the golden answer
 TEMPLATES = resources.files("tcjax.export.torch") / "remote"
-
-
-def chat_of(run: Run, root: Path) -> Chat:
-    """The chat of the run; ValueError if it has no tokenizer."""
-    return Chat(load_tokenizer(root / run.data.tokenizer))
-
-
-def token_ids(chat: Chat) -> dict[str, int]:
-    """pad_token_id, bos_token_id, eos_token_id as configs call them."""
-    found = {"pad_token_id": chat.pad_id, "eos_token_id": chat.end_ids[-1]}
-    begin = chat.tokenizer.token_to_id(chat.template.begin) if chat.template.begin else None
-    return found if begin is None else {"bos_token_id": begin, **found}
 
 
 def write(
@@ -76,16 +64,18 @@ def write(
     Raises:
         ValueError: transformers does not compute what was trained from these files; nothing is published.
     """
-    chat, model_config = chat_of(run, root), run.model
+    chat, model_config = hf_chat.chat_of(run, root), run.model
     assert isinstance(model_config, VlmConfig)
+    hf_chat.check(chat)
     with fresh(out, kind) as building:
         tensors.save(building / "model.safetensors", weights)
         (building / "config.json").write_text(to_json(dict(config)))
-        ids = token_ids(chat)
+        ids = hf_chat.token_ids(chat)
         (building / "generation_config.json").write_text(to_json({"do_sample": False, **ids}))
         for name, text in (code or {}).items():
             (building / name).write_text(text)
-        _chat_files(building, run, chat, root, model_config)
+        hf_chat.write(building, run, chat, root)
+        _write_processor(building, chat.template.image, model_config)
         tensors.save(building / "golden.safetensors", golden(model, model_config, chat))
         (building / "verify.py").write_text((TEMPLATES / "verify.py").read_text())
         provenance = origin.provenance(run, identity, root)
@@ -102,13 +92,13 @@ def golden(model: Vlm, config: VlmConfig, chat: Chat) -> names.Arrays:
     Y, X = config.tower.pixels.size_YX
     image_BYX3 = rng.randint(0, 256, (2, Y, X, 3)).astype(np.uint8)
     images_BYX3 = normalise(image_BYX3, config.tower.pixels)
-    question = _words(chat, 3)
-    ids = chat.render_question(question, num_queries=config.num_queries)
-    tokens_BS = np.tile(np.array(ids, np.int32), (2, 1))
+    question = hf_chat.words(chat, 3)
+    asked = chat.ask(question, num_queries=config.num_queries)
+    tokens_BS = np.tile(np.array(asked.ids, np.int32), (2, 1))
     question_BT = np.tile(np.array(chat.instruction(question), np.int32), (2, 1))
     batch = Batch(
         tokens_BS=tokens_BS,
-        is_image_BS=tokens_BS == chat.image_id,
+        is_image_BS=np.tile(np.array(asked.is_image), (2, 1)),
         valid_BS=np.ones(tokens_BS.shape, bool),
         images_BYX3=images_BYX3,
         instruction_BT=question_BT,
@@ -121,17 +111,16 @@ def golden(model: Vlm, config: VlmConfig, chat: Chat) -> names.Arrays:
             model = nnx.merge(graphdef, state)
             seq_BSD, valid_BS = model.embed(batch)
             logits_BSV = model.llm.logits(model.llm(seq_BSD, valid_BS))
-            return logits_BSV, generate(model, batch, steps=STEPS, end=chat.end_ids[-1])
+            return logits_BSV, generate(model, batch, steps=STEPS, end=chat.stop_ids)
 
         logits_BSV, generated_BT = answer(state, batch)
-    prompt = chat.template.begin + chat.template.image + chat.template.user + question + chat.template.assistant
     return {
         "image": image_BYX3,
         "pixel_values": images_BYX3.transpose(0, 3, 1, 2),
         "input_ids": tokens_BS.astype(np.int64),
         "logits": np.asarray(logits_BSV, np.float32),
         "generated": np.asarray(generated_BT, np.int64),
-        "prompt": np.frombuffer(prompt.encode(), np.uint8),
+        "prompt": np.frombuffer(hf_chat.prompt(chat, question).encode(), np.uint8),
         "question": np.frombuffer(question.encode(), np.uint8),
         "question_ids": question_BT.astype(np.int64),
     }
@@ -165,22 +154,8 @@ def judged(report: dict[str, Any]) -> dict[str, Any]:
     return {"ran": True, **{key: value for key, value in report.items() if key != "problems"}}
 
 
-def _chat_files(building: Path, run: Run, chat: Chat, root: Path, config: VlmConfig) -> None:
-    """Tokenizer and processor. LlavaProcessor emits exactly Q placeholders when the patch is larger than the image."""
-    marks = chat.template
-    (building / "tokenizer.json").write_bytes((root / run.data.tokenizer).read_bytes())
-    special = {"pad_token": marks.pad, "eos_token": chat.tokenizer.id_to_token(chat.end_ids[-1])}
-    special |= {"bos_token": marks.begin} if marks.begin else {}
-    tokenizer = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": 10**9,
-        "clean_up_tokenization_spaces": False,
-        "padding_side": "left",
-        **special,
-        "extra_special_tokens": {"image_token": marks.image},
-    }
-    (building / "tokenizer_config.json").write_text(to_json(tokenizer))
-    (building / "chat_template.jinja").write_text(_jinja(marks))
+def _write_processor(building: Path, image_token: str, config: VlmConfig) -> None:
+    """The processor. LlavaProcessor emits exactly Q placeholders when the patch is larger than the image."""
     Y, X = config.tower.pixels.size_YX
     image = {
         "image_processor_type": "CLIPImageProcessor",
@@ -198,41 +173,13 @@ def _chat_files(building: Path, run: Run, chat: Chat, root: Path, config: VlmCon
     }
     processor = {
         "processor_class": "LlavaProcessor",
-        "image_token": marks.image,
+        "image_token": image_token,
         "patch_size": 2 * max(Y, X),
         "vision_feature_select_strategy": "full",
         "num_additional_image_tokens": config.num_queries,
     }
     (building / "preprocessor_config.json").write_text(to_json(image | {"processor_class": "LlavaProcessor"}))
     (building / "processor_config.json").write_text(to_json(processor | {"image_processor": image}))
-
-
-def _jinja(marks: Template) -> str:
-    """One conversation, the image first: what Chat.render writes."""
-    return (
-        f"{marks.begin}{{% if messages[0]['content'] is not string %}}"
-        f"{{% for part in messages[0]['content'] %}}{{% if part['type'] == 'image' %}}{marks.image}{{% endif %}}{{% endfor %}}"
-        "{% endif %}{% for message in messages %}"
-        "{% if message['content'] is string %}{% set text = message['content'] %}"
-        "{% else %}{% set text = message['content'] | selectattr('type', 'equalto', 'text') | map(attribute='text') "
-        "| join(' ') %}{% endif %}"
-        f"{{% if message['role'] == 'user' %}}{marks.user}{{{{ text }}}}"
-        f"{{% else %}}{marks.assistant}{{{{ text }}}}{marks.end}{{% endif %}}{{% endfor %}}"
-        f"{{% if add_generation_prompt %}}{marks.assistant}{{% endif %}}"
-    )
-
-
-def _words(chat: Chat, number: int) -> str:
-    """A question of a few pieces of this vocabulary, one token each; any text will do that the tokenizer reads as itself."""
-    special = set(chat.render_question("", num_queries=1)) | {chat.pad_id, *chat.end_ids}
-    found = []
-    for token in range(chat.tokenizer.get_vocab_size()):
-        text = chat.tokenizer.decode([token], skip_special_tokens=True).strip()
-        if token not in special and text.isalnum() and not chat.unknown_words(text):
-            found.append(text)
-        if len(found) == number:
-            break
-    return " ".join(found)
 
 
 def _card(run: Run, config: VlmConfig, parity: dict, about: str, prepare: str, *, remote: bool) -> str:

@@ -22,7 +22,7 @@ from flax import nnx
 
 from tcjax.compressors.base import Compressed, Context
 from tcjax.config import Run
-from tcjax.export import hf_folder, hosts, origin
+from tcjax.export import hf_chat, hf_folder, hosts, origin
 from tcjax.export.families import twin_source
 from tcjax.towers.vit import VitConfig
 from tcjax.vlm import Vlm, VlmConfig
@@ -42,6 +42,8 @@ def why_not(run: Run) -> str:
     lacking = sorted(set(facts["needs"]) - {"levels", "text"})
     if lacking:
         return f"the compressor needs {', '.join(lacking)}, which Llava does not hand to its projector"
+    if reason := hf_chat.why_not(run, told="text" in facts["needs"]):
+        return reason
     if reason := hosts.why_no_tower(config.seen, after_norm=True) or hosts.why_no_llm(config.llm):
         return reason
     if _chooses(config):
@@ -52,8 +54,8 @@ def why_not(run: Run) -> str:
 def export(run: Run, model: Vlm, identity: dict[str, Any], *, out: Path, root: Path, rows: Sequence[dict] = ()) -> Path:
     config, facts = run.model, origin.facts(run)
     assert isinstance(config, VlmConfig)
-    chat = hf_folder.chat_of(run, root)
-    ids, tower = hf_folder.token_ids(chat), config.one_tower
+    chat = hf_chat.chat_of(run, root)
+    ids, tower = hf_chat.token_ids(chat), config.one_tower
     compressor = hosts.compressor_tensors(model.compressor, config.compressor, config.widths)
     weights = {f"model.multi_modal_projector.{key}": tensor for key, tensor in compressor.items()}
     weights |= {f"model.vision_tower.{key}": tensor for key, tensor in _tower(model, tower, root).items()}
@@ -70,7 +72,7 @@ def export(run: Run, model: Vlm, identity: dict[str, Any], *, out: Path, root: P
         "vision_levels": list(tower.levels),
         "question_marks": {
             "user": list(chat.encode(chat.template.user)),
-            "assistant": list(chat.encode(chat.template.assistant)),
+            "assistant": [*chat.encode(chat.template.close), *chat.encode(chat.template.assistant)],
         },
         "vision_config": hosts.tower_config(tower),
         "text_config": hosts.llm_config(config.llm, ids),

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
-from tcjax.assemble import published_names
+from tcjax.assemble import places, published_names
 from tcjax.export.artifact import finite
 from tcjax.interop import names, tensors
 from tcjax.llms.decoder import LlmConfig
@@ -157,7 +157,8 @@ def tower_tensors(tower: nnx.Module, cfg: VitConfig, root: Path) -> names.Arrays
     expected = names.published_shapes(layouts.names(whole), shapes)
     ours = names.to_torch(finite(names.flatten(tower)), layouts.names(cfg))
     file = tensors.load(root / cfg.weights) if cfg.weights and expected.keys() - ours.keys() else {}
-    found = {key: tensor for key, tensor in file.items() if key in expected} | ours
+    named = {key: file[there] for key, there in places(cfg, file).items()} if file else {}
+    found = {key: tensor for key, tensor in named.items() if key in expected} | ours
     for key, shape in expected.items():
         found.setdefault(key, np.full(shape, float("norm" in key and key.endswith("weight")), np.float32))
     return found

@@ -21,7 +21,7 @@ import numpy as np
 from tcjax.batch import Batch
 from tcjax.config import DataConfig, Pixels, Source
 from tcjax.pipeline import lengths
-from tcjax.pipeline.chat import Chat, Template, load_tokenizer
+from tcjax.pipeline.chat import open_chat
 from tcjax.pipeline.grouping import Grouped, bucket_lengths
 from tcjax.pipeline.order import InOrder, Place, Plan, global_order
 from tcjax.pipeline.packing import Packed
@@ -109,7 +109,6 @@ def make_input(
     features: Any = None,
     patch: int | None = None,
     labels: tuple[str, ...] = LABELS,
-    template: Template = Template(),
     instructed: bool = False,
     measuring: Callable[[Source, int, int], None] = lambda source, done, num: None,
 ) -> Input:
@@ -131,7 +130,7 @@ def make_input(
     per_source = features if isinstance(features, tuple) else (features,)
     if features is not None and len(per_source) != len(data.sources):
         raise ValueError(f"{len(per_source)} feature caches for {len(data.sources)} sources; pass a tuple, one each.")
-    chat = Chat(load_tokenizer(root / data.tokenizer), template)
+    chat = open_chat(root / data.tokenizer, data.template)
     samples = []
     for i, source in enumerate(data.sources):
         prepared = open_source(root, source)
@@ -142,7 +141,7 @@ def make_input(
                 chat,
                 data,
                 folder=root / lengths.FOLDER,
-                facts=lengths.facts_of(root, source, data, template, len(prepared)),
+                facts=lengths.facts_of(root, source, data, len(prepared)),
                 show=partial(measuring, source),
             )
         cached = None if features is None else _readable(per_source[i], prepared)

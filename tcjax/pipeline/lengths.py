@@ -4,7 +4,7 @@
 
 The key is a hash of everything a length depends on: the source's content, the tokenizer file, the template, text_length,
 turns and this package's version. Q is not among them: lengths count text positions, and images apart. Only text is
-read and tokenized: nothing is decoded.
+read and tokenized: image files are not opened, so one that is missing shows when its sample is read.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import tcjax
-from tcjax.config import DataConfig, Source, Template
-from tcjax.pipeline.chat import BadConversation, Chat, Unsupervised
+from tcjax.config import DataConfig, Source
+from tcjax.identity import content
+from tcjax.pipeline.chat import Chat, Unsupervised
 from tcjax.pipeline.order import Place
 from tcjax.pipeline.sample import BadSample, Records, outline, some_turns
 from tcjax.record import fingerprint, to_dict
@@ -102,13 +103,13 @@ def measured(
     return found
 
 
-def facts_of(root: Path, source: Source, data: DataConfig, template: Template, num: int) -> dict[str, Any]:
+def facts_of(root: Path, source: Source, data: DataConfig, num: int) -> dict[str, Any]:
     """Everything the lengths of a source depend on, JSON types. The source's weight is not of it."""
     return {
         "source": fingerprint(replace(source, weight=1.0), root),
         "records": num,
-        "tokenizer": fingerprint(data.tokenizer, root),
-        "template": to_dict(template),
+        "tokenizer": content(root, data.tokenizer),
+        "template": to_dict(data.template),
         "text_length": data.text_length,
         "turns": data.turns,
         "version": tcjax.__version__,
@@ -136,7 +137,7 @@ def _measure(
             )
         except Unsupervised:
             entries.append(0)
-        except BadConversation:
+        except BadSample:
             return [0], 0, ("bad_samples", record.image_id)
         else:
             entries.append(len(composed.ids))

@@ -1,7 +1,7 @@
 """A page to look at before training: images as the tower sees them beside the composed conversation, supervised tokens
 coloured.
 
-What is shown is what `Chat.compose` gives to the loss, id by id, not the text it was made from, and what `images.decode`
+What is shown is what `Chat.compose` gives to the loss, id by id, not the text it was made from, and what `images.shown`
 gives to the tower, normalised and back. A row that cannot be used is shown with its reason.
 """
 
@@ -20,6 +20,7 @@ from PIL import Image
 from tcjax.config import Pixels
 from tcjax.pipeline import images
 from tcjax.pipeline.chat import Chat, Composed
+from tcjax.pipeline.conversation import MARK
 from tcjax.pipeline.sample import BadSample, BrokenShard, CorruptImage, Record, Records
 
 _STYLE = """
@@ -75,7 +76,7 @@ def _section(prepared: Records, index: int, chat: Chat, pixels: Pixels, num_quer
 
 def _picture(record: Record, number: int, pixels: Pixels) -> str:
     """An <img>: the normalised pixels brought back to 0 ... 255."""
-    seen_YX3 = images.normalise(images.decode(record.images[number], pixels, record.image_id), pixels)
+    seen_YX3 = images.normalise(images.shown(record.images[number], pixels, record.image_id), pixels)
     shown_YX3 = (seen_YX3 * np.array(pixels.std) + np.array(pixels.mean)) * 255
     png = io.BytesIO()
     Image.fromarray(np.clip(np.rint(shown_YX3), 0, 255).astype(np.uint8)).save(png, "PNG")
@@ -92,7 +93,7 @@ def _conversation(chat: Chat, row: Composed) -> str:
     for (is_image, supervised), run in groupby(kinds, key=lambda token: (bool(token[1]), bool(token[2]))):
         ids = [int(token[0]) for token in run]
         if is_image:
-            parts.append(f"<i>{html.escape(chat.template.image)} x {len(ids)}</i>")
+            parts.append(f"<i>{html.escape(chat.template.image or MARK)} x {len(ids)}</i>")
             continue
         text = html.escape(chat.tokenizer.decode(ids, skip_special_tokens=False))
         parts.append(f"<b>{text}</b><br>" if supervised else text)

@@ -79,20 +79,18 @@ def questions(
         raise ValueError(f"no question of tasks {tasks} in {count} records of {prepared.folder} ({prepared.split}).")
 
     index, task, question, answer, chance = (np.array(column) for column in zip(*asked, strict=True))
-    prompts = [chat.render_question(text, num_queries=num_queries) for text in question.tolist()]
-    tokens_BS = _pad(prompts, chat.pad_id, left=True)
+    prompts = [chat.ask(text, num_queries=num_queries) for text in question.tolist()]
     instructions = [chat.instruction(text) for text in question.tolist()]
     longest = max(map(len, instructions))
-    valid_BS = _pad([[1] * len(prompt) for prompt in prompts], 0, left=True).astype(bool)
     return EvaluationSet(
         index_B=index.astype(np.int32),
         task_B=task,
         question_B=question,
         answer_B=answer,
         chance_B=chance.astype(np.float32),
-        tokens_BS=tokens_BS,
-        is_image_BS=(tokens_BS == chat.image_id) & valid_BS,
-        valid_BS=valid_BS,
+        tokens_BS=_pad([prompt.ids for prompt in prompts], chat.pad_id, left=True),
+        is_image_BS=_pad([prompt.is_image for prompt in prompts], 0, left=True).astype(bool),
+        valid_BS=_pad([[1] * len(prompt.ids) for prompt in prompts], 0, left=True).astype(bool),
         instruction_BT=np.stack([fitted(ids, longest) for ids in instructions]),
         answer_BT=_pad([chat.answer_ids(text) for text in answer.tolist()], -1, left=False),
     )

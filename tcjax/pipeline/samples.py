@@ -19,11 +19,11 @@ import numpy as np
 
 from tcjax.config import DataConfig, Pixels
 from tcjax.pipeline import images
-from tcjax.pipeline.chat import BadConversation, Chat, Unsupervised
+from tcjax.pipeline.chat import Chat, Unsupervised
 from tcjax.pipeline.lengths import Lengths
 from tcjax.pipeline.order import Place
 from tcjax.pipeline.row import Features, Sample
-from tcjax.pipeline.sample import BadSample, Record, Records, some_turns
+from tcjax.pipeline.sample import BadSample, Record, Records, outline, some_turns
 
 KINDS = ("corrupt_images", "bad_samples", "unsupervised")
 LABELS = ("digit_cells", "colour_cells")
@@ -86,7 +86,7 @@ class Samples:
             return None
         try:
             sample = self._read(place)
-        except (images.CorruptImage, BadSample, BadConversation) as error:
+        except (images.CorruptImage, BadSample) as error:
             self._count(place.index, error)
             return None
         self._seen[place.index] = True
@@ -158,8 +158,8 @@ class Samples:
         """What measuring found out about the whole source."""
         most = int(lengths.images_R.max())
         if most > self.data.images:
-            record = self.prepared[int(lengths.images_R.argmax())]
-            raise _too_many(record.image_id, most, self.data.images)
+            name = outline(self.prepared, int(lengths.images_R.argmax())).image_id
+            raise _too_many(name, most, self.data.images)
         bad = len(lengths.known)
         if bad > self.data.max_corrupt * len(self) or bad == len(self):
             raise TooManyCorrupt(self._refusal(bad, len(self)))

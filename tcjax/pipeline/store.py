@@ -112,8 +112,10 @@ def _write(
     """One shard and the facts of it; at once if it is there already."""
     about = path.with_suffix(".json")
     if about.is_file():
-        progress(rows.stop, len(records))
-        return json.loads(about.read_text())
+        fact = json.loads(about.read_text())
+        if (path.stat().st_size if path.is_file() else 0) == fact["bytes"]:
+            progress(rows.stop, len(records))
+            return fact
 
     def read(index: int) -> Record | BadSample:
         try:

@@ -94,7 +94,7 @@ def _hardware(rows: list[Row], _: list[Point]) -> Iterator[str]:
 
 def _language(rows: list[Row], made: list[Point]) -> Iterator[str]:
     if not any(row.get("controls") for row in rows):
-        yield "No controls (blank or shuffled image) were run: part of the accuracy may come from language alone."
+        yield "No controls (blank, shuffled or random image) were run: part of the accuracy may come from language alone."
     whole = reference(made)
     for task in tasks(rows):
         guess = chance(rows, task)
@@ -102,7 +102,7 @@ def _language(rows: list[Row], made: list[Point]) -> Iterator[str]:
             continue
         if whole and task in whole.accuracy and whole.accuracy[task].low <= guess:
             yield f"Task `{task}` cannot show compression: the reference is not above chance ({guess:.0%})."
-        for control in ("blank", "shuffled"):
+        for control in ("blank", "shuffled", "random"):
             found = [
                 row["controls"][control][task] for row in rows if task in (row.get("controls") or {}).get(control, {})
             ]

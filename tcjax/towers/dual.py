@@ -1,10 +1,11 @@
 """Two towers that see the same image, their features side by side: Prismatic's dinosiglip.
 
-    tokens = [first(image) | second((image * std_1 + mean_1 - mean_2) / std_2)]        along C, so N is one tower's
+    tokens = [first(image) | second(image)]        along C, so N is one tower's
 
-The host normalises for the first; the second's normalisation is derived from it on the device, so both read one resized
-image. Source: Karamcheti et al. 2024, "Prismatic VLMs" (DinoSigLIPViTBackbone): DINOv2-L with registers first, then SigLIP
-so400m, each behind its second-to-last block and before any norm, patches alone, resized naively to one size.
+Both read one resized image: bytes, which each normalises for itself, or values that are normalised for the first already,
+from which the second's follow, (x std_1 + mean_1 - mean_2) / std_2. Source: Karamcheti et al. 2024, "Prismatic VLMs"
+(DinoSigLIPViTBackbone): DINOv2-L with registers first, then SigLIP so400m, each behind its second-to-last block and before
+any norm, patches alone, resized naively to one size.
 Departure: padding that a geometry adds ("letterbox", "pad") has the first tower's mean for both, Prismatic pads each apart.
 Cost: both towers.
 """
@@ -42,6 +43,11 @@ class DualConfig:
             raise ValueError(
                 f"tokens are joined place by place, but the grids are {first.grid_HW} and {second.grid_HW}; the patches "
                 f"must cut the image alike."
+            )
+        if bool(first.weights) != bool(second.weights):
+            raise ValueError(
+                f"weights={first.weights!r} and weights={second.weights!r}: one tower would be published and the other "
+                f"random; give both, or none."
             )
         for tower in self.towers:
             if tower.keep_class or tower.levels or tower.probes:

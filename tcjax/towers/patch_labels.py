@@ -34,6 +34,11 @@ class PatchLabelsConfig:
                 "tower.keep_class=True, but labels belong to patches; train the tower with keep_class=False, its weights "
                 "are the same."
             )
+        if self.tower.ragged:
+            raise ValueError(
+                f"the labels lie on one grid, and this tower reads images of any shape (pixels.geometry="
+                f"{self.tower.pixels.geometry!r}); train a tower of fixed resolution."
+            )
 
     @property
     def num_queries(self) -> int:

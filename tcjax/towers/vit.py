@@ -84,7 +84,9 @@ class VitConfig:
             )
         if self.width % self.heads:
             raise ValueError(f"heads={self.heads} must divide width={self.width}.")
-        if not self.ragged and min(self.pixels.size_YX) < self.patch:
+        if self.ragged:
+            self._check_ragged()
+        elif min(self.pixels.size_YX) < self.patch:
             raise ValueError(f"pixels.size_YX={self.pixels.size_YX} must hold at least one patch={self.patch}.")
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation={self.activation!r} is unknown; possible: {sorted(ACTIVATIONS)}.")
@@ -104,8 +106,6 @@ class VitConfig:
         ):
             raise ValueError(f"shrunk_HW={self.shrunk_HW} must be from (1, 1) to the tower's own grid {self.full_HW}.")
         self._check_probes()
-        if self.ragged:
-            self._check_ragged()
 
     def _check_probes(self) -> None:
         known = (*SCORES, "keys")

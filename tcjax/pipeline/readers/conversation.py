@@ -58,6 +58,8 @@ def checked(row: Row, turns: list[Turn], num_images: int, *, marks_needed: bool 
     if not turns:
         raise row.bad("turns", "it has no turn")
     for i, turn in enumerate(turns, 1):
+        if not (_whole(turn.question) and _whole(turn.answer)):
+            raise row.bad("schema", f"turn {i} holds half a character (a lone surrogate)")
         if not turn.answer.strip():
             raise row.bad("empty_answers", f"the answer of turn {i} is empty")
         if MARK in turn.answer:
@@ -77,6 +79,15 @@ def _message(row: Row, i: int, message: Any) -> tuple[str, str]:
     if not isinstance(text, str):
         raise row.bad("schema", f"the value of turn {i + 1} is {_short(text)}, not text")
     return ROLES[role], text
+
+
+def _whole(text: str) -> bool:
+    """Whether a text can be written as UTF-8: JSON's \\ud83d alone, half of an emoji, cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _short(value: Any) -> str:

@@ -35,7 +35,8 @@ class ImageFolder:
         real = self._inside(whole, path, row)
         if os.path.isfile(real):
             return Path(real)
-        stem = os.path.splitext(whole)[0]
+        stem, ending = os.path.splitext(whole)
+        stem = stem if ending.lower() in _OTHERS else whole
         for suffix in _OTHERS:
             for other in (stem + suffix, stem + suffix.upper()):
                 if os.path.isfile(other):

@@ -37,7 +37,7 @@ def pack(record: Record) -> bytes:
         "images": [len(image) for image in record.images],
         "fields": {name: _plain(value) for name, value in record.fields.items()},
     }
-    text = json.dumps(head, ensure_ascii=False, separators=(",", ":")).encode()
+    text = json.dumps(head, separators=(",", ":")).encode()
     return b"".join([struct.pack("<I", len(text)), text, *record.images])
 
 

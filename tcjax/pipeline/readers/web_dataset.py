@@ -18,6 +18,7 @@ import re
 import tarfile
 from array import array
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,7 +70,7 @@ class WebDataset:
                         )
                     last = member.key
                     seen.add(hash(last))
-                    keys += member.key.encode()
+                    keys += member.key.encode(errors="backslashreplace")
                     key_ends.append(len(keys))
                     owners.append(owner)
                     first.append(first[-1])
@@ -134,7 +135,13 @@ class WebDataset:
 
 
 def open_web_dataset(root: Path, source: Source) -> WebDataset:
-    return WebDataset(files(root, source.path, ".tar"), root / source.path)
+    found = [(tar, tar.stat()) for tar in files(root, source.path, ".tar")]
+    return _indexed(tuple((tar, about.st_size, about.st_mtime_ns) for tar, about in found), root / source.path)
+
+
+@lru_cache(maxsize=8)  # a run opens its sources several times, and reading all headers takes a while
+def _indexed(tars: tuple[tuple[Path, int, int], ...], folder: Path) -> WebDataset:
+    return WebDataset([tar for tar, _, _ in tars], folder)
 
 
 def _members(tar: Path) -> Iterator[_Member]:

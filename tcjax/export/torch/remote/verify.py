@@ -95,9 +95,10 @@ def same_answer(model: torch.nn.Module, golden: dict[str, torch.Tensor], images:
     return []
 
 
-def cut(rows: torch.Tensor, end: int) -> list[list[int]]:
-    """Each row up to its end mark."""
-    return [row[: row.index(end)] if end in row else row for row in rows.tolist()]
+def cut(rows: torch.Tensor, end: int | list[int]) -> list[list[int]]:
+    """Each row up to its end mark, one id or any of several."""
+    ends = end if isinstance(end, list) else [end]
+    return [row[: next((i for i, token in enumerate(row) if token in ends), len(row))] for row in rows.tolist()]
 
 
 def same_inputs(folder: Path, golden: dict[str, torch.Tensor], remote: bool) -> list[str]:
