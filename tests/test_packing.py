@@ -117,18 +117,22 @@ def test_a_bad_sample_of_a_packed_row_leaves_its_part_out_and_nothing_else_moves
 
 
 def test_known_bad_samples_are_never_planned(tmp_path, monkeypatch):
-    source = Memory("some", [1] * 20, [[60] if i in (3, 7) else [4] for i in range(20)], broken={11: "record"})
+    digits = {3: 0, 7: 0, 5: 60}  # an answer without a word, one that is cut
+    source = Memory("some", [1] * 20, [[digits.get(i, 4)] for i in range(20)], broken={11: "record"})
     config = opened(monkeypatch, tmp_path, source, batching="packed", images=2, max_corrupt=0.2)
     monkeypatch.setattr("tcjax.pipeline.packing.WINDOW", 20)
     batches = make(config, tmp_path)
     seen = {int(i) for _ in range(3) for i in next(batches).index_B}
     assert seen - {-1} == set(range(20)) - {3, 7, 11}
+    assert (
+        batches.report() == "left out: 1 bad_samples (some-11), 2 unsupervised (some-3, some-7), the ends of 1 answers"
+    )
     assert batches.counts() == {
         "corrupt_images": 0,
         "bad_samples": 1,
         "unsupervised": 2,
         "dropped_turns": 0,
-        "truncated_answers": 0,
+        "truncated_answers": 1,
     }
 
 
