@@ -126,13 +126,15 @@ def unguided(frozen):
 
 
 def test_weights_travel_as_codes(steps):
-    """In the program as partitioned and compiled for eight CPU devices; without our word XLA gathers floats of them."""
-    (step, arguments), (plain, plain_arguments) = steps["int8"], steps["bfloat16"]
-    shapes = kernels(plain_arguments[1])
-    assert set(gathers(plain, plain_arguments, shapes)) <= {"f32", "bf16"}  # this backend promotes bfloat16
+    """In the program as partitioned and compiled for eight CPU devices: gathered kernels are int8 and never floats.
+
+    It is our word that does it: without it none is gathered as codes. At this size XLA then moves activations instead.
+    """
+    step, arguments = steps["int8"]
+    shapes = kernels(steps["bfloat16"][1][1])
     assert set(gathers(step, arguments, shapes)) == {"s8"}
     state, frozen, *others = arguments
-    assert {"f32", "bf16"} & set(gathers(step, (state, unguided(frozen), *others), shapes))
+    assert "s8" not in gathers(step, (state, unguided(frozen), *others), shapes)
     step, arguments = steps["nf4"]
     assert not gathers(step, arguments, shapes)
     assert set(gathers(step, arguments, {(num_in // 2, num_out) for num_in, num_out in shapes})) == {"u8"}
