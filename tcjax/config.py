@@ -223,6 +223,7 @@ class TrainConfig:
     clip: float = 1.0
     b1: float = 0.9
     b2: float = 0.999
+    eps: float = 1e-8
     seed: int = 0
     accumulate: int = 1
     compute: str = "float32"
