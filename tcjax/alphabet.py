@@ -27,4 +27,5 @@ AXES = {
     "F": "feed-forward width",
     "V": "vocabulary",
     "L": "layers",
+    "U": "rank of an update of low rank (LoRA)",
 }

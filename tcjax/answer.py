@@ -144,7 +144,7 @@ class Images:
         self._grey = stacked("images_BYX3", [grey(self._pixels)])
         if cached:
             see = jax.jit(lambda told: model.see(Batch(**told)))
-            self._grey = {**self._grey, "features_BNC": np.asarray(see(self._grey))}
+            self._grey["features_BNC"] = np.asarray(see(self._grey))
             del self._grey["images_BYX3"]
 
         found = [self._can_read(index) for index in range(len(self._prepared))]

@@ -17,8 +17,8 @@ class Export:
     """Take the trained weights away.
 
     to: "artifact" is a folder that needs only torch and safetensors, with its parity certificate; "parts" is every
-    trained part as safetensors (tower and LLM under their published names); hf, hf-remote, llava, onnx, torch-export,
-    jax-export are other people's formats.
+    trained part as safetensors (tower and LLM under their published names); "llm" is the trained LLM as a published
+    checkpoint's folder, LoRA merged; hf, hf-remote, llava, onnx, torch-export, jax-export are other people's formats.
     targets: say which of them hold this run's compressor, and why the others do not; nothing is written.
     json: print that list as JSON.
     """
@@ -66,7 +66,7 @@ def export_weights(arguments: list[str]) -> int:
         return 0
     if asked.out is None:
         raise ValueError("--out DIR says where the export goes; `--targets` only lists what it can be.")
-    model, identity, _ = trained(run, root=root, out=asked.run)
+    model, identity, _ = trained(run, root=root, out=asked.run, frozen="float32")
     study, _ = rows.read(asked.run.resolve().parent)
     print(export_run(asked.to, run, model, identity, out=asked.out, root=root, rows=study))
     return 0

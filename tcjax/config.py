@@ -176,12 +176,35 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """An update of low rank beside linear layers of the frozen LLM; it learns where `trainable` names "lora".
+
+    rank: of the update, LLaVA's is 128; 0 is none. alpha: the update counts alpha / rank times. targets: names of layers in
+        every block.
+    """
+
+    rank: int = 0
+    alpha: float = 256.0
+    targets: tuple[str, ...] = ("query", "key", "value", "out", "gate", "up", "down")
+
+    def __post_init__(self):
+        if self.rank < 0:
+            raise ValueError(f"lora.rank={self.rank} must be at least 1, or 0 for no update.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """How the trainable part learns: AdamW, linear warm-up, cosine to `end_lr`, global-norm clip.
 
-    trainable: first names of the module paths that learn; all else is structurally frozen.
+    trainable: parts that learn, by the first names of their module paths ("compressor", "llm", "tower"), and "lora" for
+        the updates that `lora` adds to the LLM; all else is structurally frozen.
+    lora: updates of low rank beside the LLM's layers.
+    lr_of: peak learning rates of parts that do not learn at `peak_lr`; they rise and fall alike, so that such a part ends
+        at end_lr * its peak / peak_lr.
     warmup: share of the steps. accumulate: microbatches per step; their sum is one step over the global batch.
     compute: "float32" or "bfloat16"; master weights, moments and the loss stay float32.
+    frozen: how the weights of a frozen tower and LLM lie in memory. "float32"; "bfloat16"; or "int8" and "nf4", the kernels
+        of their blocks in 8 or 4 bits and the rest in bfloat16 (`pip install tcjax[quantised]`).
     weights: safetensors to start the trainable parts from, {part: path}; parts not named start from the seed. A
         compressor also starts from its artifact's folder, such as `tcjax import` writes.
     feature_cache: "float32" or "bfloat16" stores the frozen tower's tokens once, in that type, and shares them between
@@ -191,7 +214,9 @@ class TrainConfig:
 
     steps: int
     trainable: tuple[str, ...] = ("compressor",)
+    lora: LoraConfig = LoraConfig()
     peak_lr: float = 1e-3
+    lr_of: dict[str, float] = field(default_factory=dict)
     end_lr: float = 0.0
     warmup: float = 0.03
     weight_decay: float = 0.0
@@ -201,6 +226,7 @@ class TrainConfig:
     seed: int = 0
     accumulate: int = 1
     compute: str = "float32"
+    frozen: str = "float32"
     weights: dict[str, str] = field(default_factory=dict)
     feature_cache: str = ""
     save_every: int = 500

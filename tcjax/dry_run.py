@@ -24,13 +24,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from tcjax.assemble import build
 from tcjax.batch import Batch
 from tcjax.config import MeshConfig, Run
 from tcjax.evaluate.cost import training_flops
 from tcjax.pipeline.chat import Chat, Composed, open_chat
 from tcjax.pipeline.source import open_source
 from tcjax.sharding import MESH_AXES, check_batch, spec
-from tcjax.train.state import cast, compute_dtype, split
+from tcjax.train.state import cast, compute_dtype, part_of, split
 from tcjax.vlm import VlmConfig
 
 
@@ -45,7 +46,7 @@ def dry_run(run: Run, *, root: Path) -> dict[str, Any]:
     config: Any = run.model
     mesh = _mesh(run.mesh)
     check_batch(run.data.batch, mesh, run.train.accumulate)
-    model = nnx.eval_shape(lambda: config.build(nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: build(config, lora=run.train.lora))
     graphdef, trainable, frozen = split(model, run.train.trainable)
     learned = _held(trainable, mesh)
     cached = bool(run.train.feature_cache)
@@ -61,7 +62,8 @@ def dry_run(run: Run, *, root: Path) -> dict[str, Any]:
         "flops": None,
     }
     if isinstance(config, VlmConfig):
-        each = training_flops(config, run.data.text_length, run.train.trainable, cached_features=cached)
+        text, how = run.data.text_length, run.train
+        each = training_flops(config, text, how.trainable, lora=how.lora, cached_features=cached)
         figures["flops"] = run.data.batch * each
     return figures | _data(run, root, config.num_queries)
 
@@ -76,10 +78,10 @@ def _mesh(config: MeshConfig) -> AbstractMesh:
 
 
 def _of_parts(state: Any) -> dict[str, int]:
-    """Parameters by first name."""
+    """Parameters by part."""
     counts: dict[str, int] = {}
     for path, leaf in nnx.to_flat_state(state):
-        counts[str(path[0])] = counts.get(str(path[0]), 0) + math.prod(leaf.get_value().shape)
+        counts[part_of(path)] = counts.get(part_of(path), 0) + math.prod(leaf.get_value().shape)
     return counts
 
 

@@ -22,12 +22,13 @@ from jax.experimental import multihost_utils
 from rich.console import Console
 from rich.progress import Progress, TimeElapsedColumn, TimeRemainingColumn
 
-from tcjax.assemble import assemble
+from tcjax.assemble import assemble, build
 from tcjax.compressors.base import CompressorConfig
 from tcjax.config import Run, Source
 from tcjax.evaluate.cost import training_flops
 from tcjax.interop import names
 from tcjax.interop.mismatch import mismatch
+from tcjax.nn.quantised import kind_of
 from tcjax.pipeline import images
 from tcjax.pipeline.chat import open_chat
 from tcjax.pipeline.images import CorruptImage
@@ -65,7 +66,7 @@ def train_run(run: Run, *, root: Path, out: Path, quiet: bool = False) -> Outcom
     config: Any = run.model
     if isinstance(config, VlmConfig):  # before gigabytes are read
         open_chat(root / run.data.tokenizer, run.data.template).check_vocab(config.llm.vocab)
-    model, identity = assemble(config, root=root, seed=run.train.seed, start=run.train.weights)
+    model, identity = _assembled(run, root)
     features = None
     if run.train.feature_cache:
         features = tuple(
@@ -131,6 +132,9 @@ def tower_features(
         "dataset": fingerprint(source, root),
         "records": len(prepared),
     }
+    kind = kind_of(nnx.state(model.tower))
+    if kind != "float32":
+        facts["frozen"] = kind
     with _bar(quiet) as bar:
         task = bar.add_task(f"features of {source.path} {source.split}", total=len(prepared))
         return cached_features(
@@ -149,17 +153,33 @@ def tower_features(
         )
 
 
+def _assembled(run: Run, root: Path, frozen: str | None = None) -> tuple[Any, dict[str, Any]]:
+    return assemble(
+        run.model,
+        root=root,
+        seed=run.train.seed,
+        start=run.train.weights,
+        mesh=make_mesh(run.mesh),
+        trainable=run.train.trainable,
+        lora=run.train.lora,
+        frozen=frozen or run.train.frozen,
+    )
+
+
 def _bar(quiet: bool) -> Progress:
     columns = (*Progress.get_default_columns()[:3], TimeElapsedColumn(), TimeRemainingColumn())
     return Progress(*columns, disable=quiet, transient=True, console=Console(stderr=True))
 
 
-def trained(run: Run, *, root: Path, out: Path) -> tuple[nnx.Module, dict[str, Any], int]:
+def trained(run: Run, *, root: Path, out: Path, frozen: str | None = None) -> tuple[nnx.Module, dict[str, Any], int]:
     """The model with the newest checkpoint of `out` in it, its identity, and the checkpoint's step.
 
     A run of 0 steps has no checkpoint and is the model as it was assembled.
+
+    Args:
+        frozen: how the frozen weights shall lie in memory; None is as in training. What is exported is read as "float32".
     """
-    model, identity = assemble(run.model, root=root, seed=run.train.seed, start=run.train.weights)
+    model, identity = _assembled(run, root, frozen)
     if run.train.steps == 0:
         return model, identity, 0
     mesh = make_mesh(run.mesh)
@@ -182,7 +202,7 @@ def at(run: Run, model: nnx.Module, num_queries: int) -> tuple[Run, Vlm]:
     config = run.model
     assert isinstance(config, VlmConfig) and isinstance(config.compressor, CompressorConfig)
     smaller = replace(config, compressor=config.compressor.at(num_queries))
-    abstract = nnx.eval_shape(lambda: smaller.build(nnx.Rngs(0)))
+    abstract = nnx.eval_shape(lambda: build(smaller, lora=run.train.lora))
     different = mismatch(names.shapes(model), names.shapes(abstract), "leaves")
     if different is not None:
         raise ValueError(
@@ -208,7 +228,12 @@ def _flops(run: Run) -> Callable[[int, int], float]:
     config = run.model
     if not isinstance(config, VlmConfig):
         return lambda positions, supervised: 0.0
-    trainable, cached, Q = run.train.trainable, run.train.feature_cache, config.num_queries
+    how, Q = run.train, config.num_queries
     return lambda positions, supervised: training_flops(
-        config, positions - Q, trainable, supervised=supervised, cached_features=bool(cached)
+        config,
+        positions - Q,
+        how.trainable,
+        lora=how.lora,
+        supervised=supervised,
+        cached_features=bool(how.feature_cache),
     )

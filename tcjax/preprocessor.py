@@ -64,6 +64,42 @@ def from_preprocessor(published: dict[str, Any]) -> Pixels:
     return Pixels(**_sizes(name, family, given), **same)
 
 
+def to_preprocessor(pixels: Pixels) -> dict[str, Any]:
+    """preprocessor_config.json of the class that gives these pixels; the inverse of `from_preprocessor`.
+
+    Raises:
+        ValueError: a letterbox, which no class of transformers has.
+    """
+    if pixels.geometry == "letterbox":
+        raise ValueError(
+            "no processor of transformers makes Prismatic's letterbox; train with geometry='pad' to export."
+        )
+    common = {
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "resample": {name: number for number, name in _RESAMPLE.items()}[pixels.resample],
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(pixels.mean),
+        "image_std": list(pixels.std),
+    }
+    if pixels.geometry == "naflex":
+        sizes = {"patch_size": pixels.patch, "max_num_patches": pixels.max_patches}
+        return {"image_processor_type": "Siglip2ImageProcessor", **common, **sizes}
+    Y, X = pixels.size_YX
+    squash = pixels.geometry == "squash"
+    padded = {"do_pad": True} if pixels.geometry == "pad" else {}
+    return {
+        "image_processor_type": "LlavaImageProcessor" if padded else "CLIPImageProcessor",
+        **common,
+        **padded,
+        "size": {"height": Y, "width": X} if squash else {"shortest_edge": pixels.shortest or min(Y, X)},
+        "do_center_crop": not squash,
+        "crop_size": {"height": Y, "width": X},
+    }
+
+
 def _sizes(name: str, family: str, given: dict[str, Any]) -> dict[str, Any]:
     """size_YX, geometry, shortest."""
     size = given["size"]

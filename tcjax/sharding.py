@@ -61,19 +61,30 @@ def spec(axes: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> Partit
 
 
 def shardings(tree: Any, mesh: Mesh) -> Any:
-    """A tree of NamedShardings for a tree of nnx Variables (by their `axes`) and plain leaves (replicated)."""
+    """A tree of NamedShardings for a tree of nnx Variables (by their `axes`) and plain leaves (replicated).
+
+    A Variable may hold several arrays with these axes (codes and scales of quantised weights).
+    """
 
     def one(leaf: Any) -> Any:
         if not isinstance(leaf, nnx.Variable):
             return NamedSharding(mesh, PartitionSpec())
-        axes, value = leaf.get_metadata("axes"), leaf.get_value()
-        return leaf.replace(NamedSharding(mesh, spec(axes, value.shape, mesh)))
+        axes = leaf.get_metadata("axes")
+        return leaf.replace(
+            jax.tree.map(lambda array: NamedSharding(mesh, spec(axes, array.shape, mesh)), leaf.get_value())
+        )
 
     return jax.tree.map(one, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 
 
+def gathered(axes: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
+    """How a weight lies where it is used: whole, but for the heads and feed-forward that each device computes itself."""
+    own = [entry if entry == "tensor" else None for entry in spec(axes, shape, mesh)]
+    return NamedSharding(mesh, PartitionSpec(*own))
+
+
 def place(tree: Any, mesh: Mesh) -> Any:
-    """The same tree with every array where `shardings` wants it. Values are unchanged."""
+    """The same tree with every array where `shardings` wants it, those that are there already uncopied."""
     return jax.device_put(tree, shardings(tree, mesh))
 
 

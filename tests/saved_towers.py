@@ -3,6 +3,7 @@
 import dataclasses
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import torch
 import transformers
@@ -104,15 +105,10 @@ def loaded(cfg: VitConfig, folder: Path) -> Vit:
     graphdef, state = nnx.split(tower)
     leaves = names.from_torch(arrays, table, names.shapes(tower), ignore=ignored)
     flat = [
-        (path, leaf.replace(jax_array(leaves["/".join(map(str, path))]))) for path, leaf in nnx.to_flat_state(state)
+        (path, leaf.replace(jnp.asarray(leaves["/".join(map(str, path))], jnp.float32)))
+        for path, leaf in nnx.to_flat_state(state)
     ]
     return nnx.merge(graphdef, nnx.from_flat_state(flat))
-
-
-def jax_array(array: np.ndarray):
-    import jax.numpy as jnp
-
-    return jnp.asarray(array, jnp.float32)
 
 
 def images(cfg: VitConfig, batch: int = 2, seed: int = 0) -> np.ndarray:

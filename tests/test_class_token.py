@@ -17,6 +17,7 @@ from tcjax.job import train_run, trained
 from tcjax.study import looks as pictures
 from tcjax.study.catalogue import catalogue_line
 from tcjax.towers.patch_labels import PatchLabelsConfig
+from tcjax.train.feature_store import Features
 from tcjax.vlm import VlmConfig
 from tests.hosted import LLMS, TOWERS
 from tests.tiny_boards import SOURCE, data_config, make_project
@@ -44,8 +45,8 @@ def test_the_cache_holds_it_and_the_answers_use_it(project):
     model, identity, step = trained(RUN, root=project, out=project / "run")
     scores = evaluate_run(RUN, model, identity, root=project, out=project / "run", quiet=True)
     assert step == 2 and scores["visual_tokens"] == 3 and scores["accuracy"]
-    shapes = {np.load(path).shape for path in (project / "runs/features").glob("*/tokens.npy")}
-    assert shapes == {(16, 17, 16), (2, 17, 16)}
+    caches = [Features(folder) for folder in (project / "runs/features").iterdir()]
+    assert {(len(cache), *cache.shape) for cache in caches} == {(16, 17, 16), (2, 17, 16)}
 
 
 def test_pictures_show_the_grid_alone(project):

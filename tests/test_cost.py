@@ -8,16 +8,18 @@ import pytest
 from flax import nnx
 
 from configs import llms, towers
+from tcjax.assemble import build
 from tcjax.batch import Batch
 from tcjax.compressors import avg_pool, mlp, resampler
 from tcjax.compressors.base import Widths
-from tcjax.config import Pixels
+from tcjax.config import LoraConfig, Pixels
 from tcjax.evaluate.cost import (
     compressor_flops,
     cost,
     head_flops,
     kv_cache_bytes,
     llm_flops,
+    lora_flops,
     tower_flops,
     training_flops,
 )
@@ -25,6 +27,7 @@ from tcjax.evaluate.flops import matmul_flops
 from tcjax.llms.decoder import LlmConfig
 from tcjax.loss import cross_entropy
 from tcjax.towers.vit import VitConfig
+from tcjax.train.state import split
 from tcjax.vlm import VlmConfig
 
 TOWER = VitConfig(
@@ -200,8 +203,42 @@ def test_a_big_model_is_billed_without_building_it():
 def test_training_flops_are_what_the_gradient_multiplies(trainable):
     """Equal but for what the formula counts too much: skipped causal pairs, and the gradient for the input of the
     first part that learns."""
-    model = nnx.eval_shape(lambda: VLM.build(nnx.Rngs(0)))
-    graphdef, parts, rest = nnx.split(model, lambda path, _: path[0] in trainable, ...)
+    S = 16
+    skipped = llm_flops(LLM, S).attention * 3 // 8 * 3
+    linear, embedding = 2 * 4 * C * D, 2 * N * 48 * C
+    too_much = {"compressor": linear, "tower": embedding, "llm": 0}  # the embedding learns too
+    assert (
+        multiplied_by_the_gradient(trainable)
+        == training_flops(VLM, S - 4, trainable) - skipped - too_much[trainable[0]]
+    )
+
+
+@pytest.mark.parametrize("targets", [LoraConfig().targets, ("key", "out", "down")], ids=["all", "three"])
+def test_training_flops_with_lora_are_what_the_gradient_multiplies(targets):
+    lora, learning, S = LoraConfig(rank=5, targets=targets), ("compressor", "lora"), 16
+    skipped, linear = llm_flops(LLM, S).attention * 3 // 8 * 3, 2 * 4 * C * D
+    counted = multiplied_by_the_gradient(learning, lora)
+    assert counted == training_flops(VLM, S - 4, learning, lora=lora) - skipped - linear
+
+
+def test_a_frozen_kernel_costs_4_and_its_update_6_per_weight_and_token():
+    """Updates of 3 layers: query 16 x 32, key and value 16 x 16, out 32 x 16, gate and up 16 x 28, down 28 x 16."""
+    lora = LoraConfig(rank=5)
+    weights = 5 * 3 * (48 + 32 + 32 + 48 + 44 + 44 + 44)
+    assert lora_flops(LLM, lora, 1) == 2 * weights
+    alone = training_flops(VLM, 12)
+    assert training_flops(VLM, 12, ("compressor", "lora"), lora=lora) - alone == 6 * weights * 16
+    behind = training_flops(VLM, 12, ("lora",), lora=lora, cached_features=True)
+    frozen = 2 * llm_flops(LLM, 16).weights + 2 * head_flops(LLM, 16) + 3 * llm_flops(LLM, 16).attention
+    assert behind == compressor_flops(VLM.compressor, VLM.widths) + frozen + 6 * weights * 16
+    with pytest.raises(ValueError, match=r"names \['lora'\]; the parts are \['tower', 'compressor', 'llm'\]"):
+        training_flops(VLM, 12, ("compressor", "lora"))
+
+
+def multiplied_by_the_gradient(trainable: tuple[str, ...], lora: LoraConfig = LoraConfig()) -> int:
+    """FLOPs of a gradient step of VLM on one row of 16 positions, every one supervised."""
+    model = nnx.eval_shape(lambda: build(VLM, lora=lora))
+    graphdef, parts, rest = split(model, trainable)
     S = 16
     batch = Batch(
         tokens_BS=jnp.zeros((1, S), jnp.int32),
@@ -216,11 +253,7 @@ def test_training_flops_are_what_the_gradient_multiplies(trainable):
         logits = model.llm.logits(model.llm(*model.embed(batch)))
         return cross_entropy(logits[:, :-1], batch.tokens_BS[:, 1:], batch.supervised_BS[:, 1:]).total
 
-    counted = matmul_flops(jax.grad(mean_loss), parts, rest)
-    skipped = llm_flops(LLM, S).attention * 3 // 8 * 3
-    linear, embedding = 2 * 4 * C * D, 2 * N * 48 * C
-    too_much = {"compressor": linear, "tower": embedding, "llm": 0}  # the embedding learns too
-    assert counted == training_flops(VLM, S - 4, trainable) - skipped - too_much[trainable[0]]
+    return matmul_flops(jax.grad(mean_loss), parts, rest)
 
 
 def test_training_flops_know_frozen_parts():

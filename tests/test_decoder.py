@@ -1,4 +1,4 @@
-"""The LLM: numbers of the published classes, padding on either side, a cache that changes nothing, strict names."""
+"""The LLM: padding anywhere, a cache that changes nothing, strict names, bfloat16. tests/test_decoder_parity.py: its numbers."""
 
 from __future__ import annotations
 
@@ -11,142 +11,31 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-import transformers
 from flax import nnx
-from safetensors.numpy import load_file
 
-from configs import llms
 from tcjax.interop import names
 from tcjax.llms import decoder
-from tcjax.llms.decoder import Decoder, LlmConfig
-from tcjax.llms.rope import Llama3Scaling, frequencies, rotate, rotation
+from tcjax.llms.decoder import Decoder
+from tcjax.llms.rope import frequencies, rotate, rotation
+from tests.decoder_twins import LLAMA, LLAMA3, Twin, loaded, prompt, theirs, twin
 
-LLAMA = LlmConfig(
-    vocab=29,
-    width=24,
-    layers=2,
-    heads=4,
-    kv_heads=2,
-    head_width=8,  # queries are 32 wide, the model 24
-    feed_forward=32,
-    rope_theta=1e4,
-    norm_eps=1e-5,
-    tie=False,
-)
-CASES = {
-    "llama": LLAMA,
-    "llama-tied-ungrouped": dataclasses.replace(LLAMA, tie=True, kv_heads=4),
-    # Waves of 6, 63, 628 and 6283 positions: the first is kept, the second blended, the others slow down.
-    "llama3": dataclasses.replace(
-        LLAMA, tie=True, rope_scaling=Llama3Scaling(factor=8.0, low=0.5, high=4.0, original=64)
-    ),
-    "qwen2": dataclasses.replace(LLAMA, qkv_bias=True, norm_eps=1e-6, rope_theta=1e6, head_width=6),
-    "qwen3": dataclasses.replace(LLAMA, qk_norm=True, norm_eps=1e-6, rope_theta=1e6, tie=True),
-}
-EVERYTHING = dataclasses.replace(CASES["llama3"], tie=False, qkv_bias=True, qk_norm=True)
-LENGTHS = np.array([9, 5, 1])  # valid tokens per row
-
-
-def twin(cfg: LlmConfig) -> torch.nn.Module:
-    """The published class at this size; every tensor random, so that no norm or bias hides behind its initial value."""
-    if cfg.qkv_bias:
-        config_type, model_type = transformers.Qwen2Config, transformers.Qwen2ForCausalLM
-    elif cfg.qk_norm:
-        config_type, model_type = transformers.Qwen3Config, transformers.Qwen3ForCausalLM
-    else:
-        config_type, model_type = transformers.LlamaConfig, transformers.LlamaForCausalLM
-    rope = {"rope_type": "default", "rope_theta": cfg.rope_theta}
-    if cfg.rope_scaling is not None:
-        rope |= {
-            "rope_type": "llama3",
-            "factor": cfg.rope_scaling.factor,
-            "low_freq_factor": cfg.rope_scaling.low,
-            "high_freq_factor": cfg.rope_scaling.high,
-            "original_max_position_embeddings": cfg.rope_scaling.original,
-        }
-    extra = {} if cfg.qkv_bias else {"head_dim": cfg.head_width}
-    config = config_type(
-        vocab_size=cfg.vocab,
-        hidden_size=cfg.width,
-        intermediate_size=cfg.feed_forward,
-        num_hidden_layers=cfg.layers,
-        num_attention_heads=cfg.heads,
-        num_key_value_heads=cfg.kv_heads,
-        rms_norm_eps=cfg.norm_eps,
-        tie_word_embeddings=cfg.tie,
-        rope_parameters=rope,
-        max_position_embeddings=64,
-        pad_token_id=None,
-        bos_token_id=None,
-        eos_token_id=None,
-        **extra,
-    )
-    model = model_type(config).eval()
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator) + (parameter.ndim == 1))
-    return model
+EVERYTHING = dataclasses.replace(LLAMA3, tie=False, qkv_bias=True, out_bias=True, mlp_bias=True, qk_norm=True, window=4)
 
 
 class Case(NamedTuple):
-    cfg: LlmConfig
-    model: torch.nn.Module  # the published class
-    tensors: dict[str, np.ndarray]  # its file
-    llm: Decoder  # ours with those weights
+    twin: Twin
     logits: Callable[..., jax.Array]  # (tokens_BS, valid_BS) -> logits_BSV, compiled once
 
 
-@pytest.fixture(scope="module", params=CASES)
+@pytest.fixture(scope="module", params=("llama", "llama-biases", "mistral", "qwen2", "qwen3"))
 def case(request, tmp_path_factory) -> Case:
-    cfg = CASES[request.param]
-    model, folder = twin(cfg), tmp_path_factory.mktemp(request.param)
-    model.save_pretrained(folder)
-    tensors = load_file(folder / "model.safetensors")
-    llm = loaded(cfg, tensors)
-    return Case(cfg, model, tensors, llm, jax.jit(lambda tokens_BS, valid_BS: logits_of(llm, tokens_BS, valid_BS)))
-
-
-def loaded(cfg: LlmConfig, tensors: dict[str, np.ndarray]) -> Decoder:
-    llm = cfg.build(nnx.Rngs(0))
-    names.assign(llm, names.from_torch(tensors, decoder.names(cfg), names.shapes(llm), ignore=decoder.ignore(cfg)))
-    return llm
-
-
-def prompt(side: str) -> tuple[np.ndarray, np.ndarray]:
-    """tokens_BS and valid_BS of LENGTHS valid tokens, the same tokens whichever side is padded."""
-    rng, S = np.random.default_rng(0), LENGTHS.max()
-    tokens_BS = rng.integers(0, 29, (len(LENGTHS), S))
-    valid_BS = np.arange(S) < LENGTHS[:, None]
-    if side == "right":
-        return tokens_BS, valid_BS
-    rolled = [np.roll(row, S - length) for row, length in zip(tokens_BS, LENGTHS, strict=True)]
-    return np.stack(rolled), valid_BS[:, ::-1]
+    found = twin(request.param, tmp_path_factory.mktemp(request.param))
+    llm = found.llm
+    return Case(found, jax.jit(lambda tokens_BS, valid_BS: logits_of(llm, tokens_BS, valid_BS)))
 
 
 def logits_of(llm: Decoder, tokens_BS, valid_BS=None) -> jax.Array:
     return llm.logits(llm(llm.embed(tokens_BS), valid_BS))
-
-
-def theirs(model: torch.nn.Module, tokens_BS: np.ndarray, valid_BS: np.ndarray) -> np.ndarray:
-    mask = torch.from_numpy(valid_BS.copy())
-    with torch.no_grad():
-        out = model(
-            input_ids=torch.from_numpy(tokens_BS.copy()),
-            attention_mask=mask.long(),
-            position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
-        )
-    return out.logits.numpy()
-
-
-@pytest.mark.parametrize("side", ["right", "left"])
-def test_logits_are_those_of_the_published_class(case, side):
-    tokens_BS, valid_BS = prompt(side)
-    expected_BSV = theirs(case.model, tokens_BS, valid_BS)
-    logits_BSV = np.asarray(case.logits(tokens_BS, valid_BS))
-    assert logits_BSV.dtype == np.float32
-    np.testing.assert_allclose(logits_BSV[valid_BS], expected_BSV[valid_BS], rtol=1e-5, atol=1e-5)
 
 
 def test_padding_on_either_side_or_in_between_changes_nothing(case):
@@ -156,7 +45,7 @@ def test_padding_on_either_side_or_in_between_changes_nothing(case):
     tokens_BS, valid_BS = np.random.default_rng(2).integers(0, 29, (3, 9)), np.zeros((3, 9), bool)
     for b, places in enumerate(rows):
         tokens_BS[b, places], valid_BS[b, places] = tokens_S, True
-    alone_SV = theirs(case.model, tokens_S[None], np.ones((1, 5), bool))[0]
+    alone_SV = theirs(case.twin.model, tokens_S[None], np.ones((1, 5), bool))[1][0]
     for row_SV in np.asarray(case.logits(tokens_BS, valid_BS))[valid_BS].reshape(3, 5, -1):
         np.testing.assert_allclose(row_SV, alone_SV, rtol=1e-5, atol=1e-5)
 
@@ -198,7 +87,7 @@ def test_prefill_and_extend_equal_the_whole_forward():
 
 
 def test_names_are_a_bijection_with_the_published_file(case):
-    cfg, tensors, llm = case.cfg, case.tensors, case.llm
+    cfg, tensors, llm = case.twin.cfg, case.twin.tensors, case.twin.llm
     table = decoder.names(cfg)
     assert sorted(name.jax for name in table) == sorted(names.shapes(llm))
     on_disk = [
@@ -210,7 +99,7 @@ def test_names_are_a_bijection_with_the_published_file(case):
 
 
 def test_import_undoes_export_bit_for_bit(case):
-    cfg, tensors, llm = case.cfg, case.tensors, case.llm
+    cfg, tensors, llm = case.twin.cfg, case.twin.tensors, case.twin.llm
     published = names.to_torch(names.flatten(llm), decoder.names(cfg))
     assert published.keys() == tensors.keys()
     for key, tensor in published.items():
@@ -219,7 +108,7 @@ def test_import_undoes_export_bit_for_bit(case):
 
 
 def test_what_old_checkpoints_store_besides_is_dropped_by_name(case):
-    cfg, tensors, llm = case.cfg, case.tensors, case.llm
+    cfg, tensors, llm = case.twin.cfg, case.twin.tensors, case.twin.llm
     extra = {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32) for layer in range(2)}
     if cfg.tie:
         extra["lm_head.weight"] = tensors["model.embed_tokens.weight"]
@@ -281,31 +170,13 @@ def test_rotation_by_hand():
     np.testing.assert_allclose(turned.ravel(), expected, atol=1e-6)
 
 
-def test_frequencies_are_those_of_the_published_llama_3_2():
-    """transformers' own table at the real head width and scaling, to the last bit but one."""
-    cfg = llms.llama_3_2_1b()
-    config = transformers.LlamaConfig(
-        head_dim=64,
-        rope_parameters={
-            "rope_type": "llama3",
-            "rope_theta": 5e5,
-            "factor": 32.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
-        },
-    )
-    expected, _ = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
-    ours = frequencies(cfg.head_width, cfg.rope_theta, cfg.rope_scaling)
-    np.testing.assert_allclose(ours, expected.numpy(), rtol=5e-7)
-
-
 @pytest.mark.parametrize(
     "changes, message",
     [
         ({"kv_heads": 3}, "kv_heads=3 must divide heads=4"),
         ({"head_width": 7}, "head_width=7 must be even"),
         ({"layers": 0}, "at least 1"),
+        ({"window": 0}, "window=0 must be at least 1"),
     ],
 )
 def test_impossible_configs_say_why(changes, message):
@@ -321,23 +192,3 @@ def test_wrong_shapes_say_why():
     _, cache = llm.prefill(seq_BSD, None, room=1)
     with pytest.raises(ValueError, match="6 new positions do not fit a cache of 5"):
         llm.extend(jnp.zeros((2, 6, 24)), cache)
-
-
-@pytest.mark.parametrize(
-    "preset, parameters",
-    [
-        (llms.vicuna_7b, 6_738_415_616),
-        (llms.llama_3_2_1b, 1_235_814_400),
-        (llms.qwen2_5_0_5b, 494_032_768),
-        (llms.qwen3_0_6b, 596_049_920),
-        (llms.smollm2_135m, 134_515_008),
-    ],
-    ids=lambda value: getattr(value, "__name__", None),
-)
-def test_published_sizes_add_up(preset, parameters):
-    cfg = preset()
-    first, second = (
-        sum(leaf.size for leaf in jax.tree.leaves(nnx.state(nnx.eval_shape(lambda c=c: c.build(nnx.Rngs(0))))))
-        for c in (dataclasses.replace(cfg, layers=1), dataclasses.replace(cfg, layers=2))
-    )
-    assert first + (cfg.layers - 1) * (second - first) == parameters

@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 from tcjax.cli import main
-from tcjax.config import MeshConfig, TrainConfig
+from tcjax.config import LoraConfig, MeshConfig, TrainConfig
 from tcjax.dry_run import dry_run
 from tcjax.train.state import num_parameters
 from tests.tiny import VLM
@@ -62,6 +62,18 @@ def test_a_frozen_llm_that_learns_keeps_more(run, project):
     more = dry_run(run.replace(train=TrainConfig(steps=1, trainable=("compressor", "llm"))), root=project)
     assert more["flops"] > dry_run(run, root=project)["flops"]
     assert set(more["learning"]) == {"compressor", "llm"}
+
+
+def test_updates_of_low_rank_are_a_part_of_their_own(run, project):
+    lora = LoraConfig(rank=3)
+    figures = dry_run(
+        run.replace(train=TrainConfig(steps=1, trainable=("compressor", "lora"), lora=lora)), root=project
+    )
+    plain = dry_run(run, root=project)
+    assert figures["parameters"] == plain["parameters"] | {"lora": figures["learning"]["lora"]}
+    assert figures["learning"] == {**plain["learning"], "lora": 2 * 3 * (2 * 32 + 2 * 24 + 3 * 48)}
+    positions = VLM.num_queries + run.data.text_length
+    assert figures["flops"] - plain["flops"] == 6 * figures["learning"]["lora"] * positions * run.data.batch
 
 
 def test_the_sample_is_the_first_row_and_missing_data_is_said(run, project):

@@ -66,9 +66,9 @@ DRAWN = [4, 5, 1, 3, 8, 0, 1, 4]
 @pytest.mark.parametrize("turns", [0, 1])
 def test_a_resumed_input_goes_on_bit_for_bit_with_other_processes_and_threads(tmp_path, monkeypatch, batching, turns):
     sources = mixed("first", 40, most=2), mixed("second", 13, most=1, seed=1)
-    config = opened(
-        monkeypatch, tmp_path, *sources, weights=(3.0, 1.0), batching=batching, images=2, turns=turns, seed=5
-    )
+    sources[0].broken = {next(i for i in range(40) if sources[0].images[i]): "image", 9: "record"}
+    shared = {"batching": batching, "images": 2, "turns": turns, "seed": 5, "max_corrupt": 0.6, "text_length": 17}
+    config = opened(monkeypatch, tmp_path, *sources, weights=(3.0, 1.0), **shared)
     monkeypatch.setattr("tcjax.pipeline.packing.WINDOW", 16)
     whole = make(config, tmp_path)
     take(whole, 9)
@@ -235,7 +235,7 @@ def test_measured_lengths_are_those_of_the_rows(tmp_path, monkeypatch, turns):
 
 def test_a_source_of_which_too_much_has_no_answer_that_fits_is_refused_before_training(tmp_path, monkeypatch):
     source = mixed(num=30)
-    config = opened(monkeypatch, tmp_path, source, batching="packed", text_length=9, max_corrupt=0.1)
+    config = opened(monkeypatch, tmp_path, source, batching="packed", text_length=7, max_corrupt=0.1)
     with pytest.raises(input.TooManyCorrupt, match=r"of 30 samples.*max_corrupt=0.1 allows: unsupervised \['mixed-"):
         make(config, tmp_path)
 

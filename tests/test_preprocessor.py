@@ -3,7 +3,7 @@
 import pytest
 
 from tcjax.config import Pixels
-from tcjax.preprocessor import from_preprocessor
+from tcjax.preprocessor import from_preprocessor, to_preprocessor
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -82,6 +82,17 @@ PUBLISHED = {
 def test_a_published_file_is_these_pixels(name):
     published, expected = PUBLISHED[name]
     assert from_preprocessor(published) == expected
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_what_is_written_is_read_again(name):
+    _, pixels = PUBLISHED[name]
+    assert from_preprocessor(to_preprocessor(pixels)) == pixels
+
+
+def test_a_letterbox_cannot_be_written():
+    with pytest.raises(ValueError, match="Prismatic's letterbox"):
+        to_preprocessor(Pixels(size_YX=(8, 8), geometry="letterbox"))
 
 
 REFUSED = {

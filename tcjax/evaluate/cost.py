@@ -11,7 +11,8 @@ are left out.
 
 Training, per sample (Chowdhery et al. 2022, "PaLM", appendix B, extended to frozen parts): a matrix of weights costs
 its forward once, once more where the gradient passes through to something that learns before it, and once more where
-it learns itself: 6 N FLOPs per token if it learns, 4 N if it is frozen behind the compressor, 2 N before it.
+it learns itself: 6 N FLOPs per token if it learns, 4 N if it is frozen behind the compressor, 2 N before it. A LoRA of
+U (in + out) weights beside a frozen kernel costs 6 U (in + out), the kernel 4 N; served, it is merged and costs nothing.
 Attention has two moving sides: three times its forward wherever the gradient passes, once elsewhere.
 """
 
@@ -26,8 +27,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from tcjax.compressors.base import CompressorConfig, Context, Widths
+from tcjax.config import LoraConfig
 from tcjax.evaluate.flops import matmul_flops
 from tcjax.llms.decoder import LlmConfig
+from tcjax.nn.lora import PART
 from tcjax.towers.dual import DualConfig
 from tcjax.towers.vit import VitConfig
 from tcjax.vlm import VlmConfig
@@ -90,6 +93,13 @@ def llm_flops(llm: LlmConfig, tokens: int) -> Flops:
     return Flops(2 * llm.layers * n * per_token, 2 * llm.layers * 2 * n**2 * llm.heads * A)
 
 
+def lora_flops(llm: LlmConfig, lora: LoraConfig, tokens: int) -> int:
+    """Forward of the updates, not merged: 2 U (in + out) per token and layer that has one."""
+    D, F, E, I = llm.width, llm.feed_forward, llm.heads * llm.head_width, llm.kv_heads * llm.head_width
+    both = {"query": D + E, "key": D + I, "value": D + I, "out": E + D, "gate": D + F, "up": D + F, "down": F + D}
+    return 2 * tokens * llm.layers * lora.rank * sum(both[target] for target in set(lora.targets))
+
+
 def head_flops(llm: LlmConfig, positions: int) -> int:
     """Logits over the vocabulary: at 1 position to generate, at every position to train."""
     return 2 * positions * llm.width * llm.vocab
@@ -144,6 +154,7 @@ def training_flops(
     text_tokens: int,
     trainable: Sequence[str] = ("compressor",),
     *,
+    lora: LoraConfig = LoraConfig(),
     supervised: int | None = None,
     cached_features: bool = False,
 ) -> int:
@@ -151,7 +162,7 @@ def training_flops(
 
     Args:
         text_tokens: all positions that are not visual.
-        trainable: parts that learn, as in `TrainConfig.trainable`.
+        trainable: parts that learn, as in `TrainConfig.trainable`. lora: as in `TrainConfig.lora`.
         supervised: positions that meet the vocabulary; None is all of them, visual ones too.
         cached_features: the tower's tokens come from the feature cache, so the tower costs nothing.
     """
@@ -164,6 +175,7 @@ def training_flops(
     parts = {
         "tower": Flops(0, 0) if cached_features else tower_flops(config.seen),
         "compressor": Flops(compressor_flops(compressor, config.widths), 0),
+        **({PART: Flops(lora_flops(config.llm, lora, sum(sequences)), 0)} if lora.rank else {}),  # inside the LLM
         "llm": Flops(blocks.weights + head_flops(config.llm, asked), blocks.attention),
     }
     unknown = sorted(set(trainable) - set(parts))

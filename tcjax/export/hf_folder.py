@@ -35,6 +35,7 @@ from tcjax.export.folder import fresh, seal, to_json
 from tcjax.interop import names, tensors
 from tcjax.pipeline.chat import Chat
 from tcjax.pipeline.images import normalise
+from tcjax.preprocessor import to_preprocessor
 from tcjax.vlm import Vlm, VlmConfig
 
 STEPS = 8  # of the golden answer
@@ -157,20 +158,7 @@ def judged(report: dict[str, Any]) -> dict[str, Any]:
 def _write_processor(building: Path, image_token: str, config: VlmConfig) -> None:
     """The processor. LlavaProcessor emits exactly Q placeholders when the patch is larger than the image."""
     Y, X = config.tower.pixels.size_YX
-    image = {
-        "image_processor_type": "CLIPImageProcessor",
-        "do_convert_rgb": True,
-        "do_resize": True,
-        "size": {"height": Y, "width": X},
-        "resample": 3,
-        "do_center_crop": False,
-        "crop_size": {"height": Y, "width": X},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": list(config.tower.pixels.mean),
-        "image_std": list(config.tower.pixels.std),
-    }
+    image = to_preprocessor(config.tower.pixels)
     processor = {
         "processor_class": "LlavaProcessor",
         "image_token": image_token,

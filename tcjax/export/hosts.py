@@ -4,7 +4,7 @@
     siglip_vision_model   patch bias, norm after the last block
     internvl_vision       class token, patch bias (InternViT; its layer scales are 1 here)
     blip_2_vision_model   the same, one matrix for q, k, v (EVA's ViT; tcjax.export.blip2)
-    llama                 no biases            qwen2   biases on q, k, v            qwen3   q and k normed per head
+    llama, mistral, qwen2, qwen3   whichever tcjax.llms.published says that the decoder is
 
 Config fields are those of the published checkpoints (the old rope fields too: every version of transformers reads them).
 A tower read at an earlier layer is written whole, as the class builds it: blocks behind that layer come from the tower's
@@ -25,7 +25,9 @@ from flax import nnx
 from tcjax.assemble import places, published_names
 from tcjax.export.artifact import finite
 from tcjax.interop import names, tensors
+from tcjax.llms import published
 from tcjax.llms.decoder import LlmConfig
+from tcjax.nn import lora
 from tcjax.towers import layouts
 from tcjax.towers.dual import DualConfig
 from tcjax.towers.vit import VitConfig
@@ -89,9 +91,7 @@ def select_strategy(tower: VitConfig) -> str:
 
 def why_no_llm(llm: LlmConfig) -> str:
     """Why no published class computes this decoder; "" if one does."""
-    if llm.qkv_bias and llm.qk_norm:
-        return "no published decoder has both biases on q, k, v and norms of q and k"
-    return ""
+    return published.why_unpublished(llm)
 
 
 def tower_config(tower: VitConfig) -> dict[str, Any]:
@@ -123,31 +123,7 @@ def tower_sizes(tower: VitConfig) -> dict[str, Any]:
 
 def llm_config(llm: LlmConfig, tokens: dict[str, int]) -> dict[str, Any]:
     """`text_config` of the published class. tokens: ids by the config's own field names."""
-    scaling = llm.rope_scaling
-    scaled = scaling and {
-        "rope_type": "llama3",
-        "factor": scaling.factor,
-        "low_freq_factor": scaling.low,
-        "high_freq_factor": scaling.high,
-        "original_max_position_embeddings": scaling.original,
-    }
-    return {
-        "model_type": "qwen3" if llm.qk_norm else "qwen2" if llm.qkv_bias else "llama",
-        "vocab_size": llm.vocab,
-        "hidden_size": llm.width,
-        "intermediate_size": llm.feed_forward,
-        "num_hidden_layers": llm.layers,
-        "num_attention_heads": llm.heads,
-        "num_key_value_heads": llm.kv_heads,
-        "head_dim": llm.head_width,
-        "hidden_act": "silu",
-        "rms_norm_eps": llm.norm_eps,
-        "rope_theta": llm.rope_theta,
-        "rope_scaling": scaled,
-        "tie_word_embeddings": llm.tie,
-        "dtype": "float32",
-        **tokens,
-    }
+    return {**published.to_json(llm), "dtype": "float32", **tokens}
 
 
 def tower_tensors(tower: nnx.Module, cfg: VitConfig, root: Path) -> names.Arrays:
@@ -165,8 +141,11 @@ def tower_tensors(tower: nnx.Module, cfg: VitConfig, root: Path) -> names.Arrays
 
 
 def llm_tensors(llm: nnx.Module, cfg: LlmConfig) -> names.Arrays:
-    """Every tensor of the published class, "model.embed_tokens.weight" and so on; a tied head is not among them."""
-    return names.to_torch(finite(names.flatten(llm)), published_names(cfg)[0])
+    """Every tensor of the published class, "model.embed_tokens.weight" and so on; a tied head is not among them.
+
+    LoRA is merged into the kernels.
+    """
+    return names.to_torch(finite(lora.merged(llm, names.flatten(llm))), published_names(cfg)[0])
 
 
 def compressor_tensors(compressor: nnx.Module, config: Any, widths: Any) -> names.Arrays:

@@ -4,7 +4,8 @@ Each target says `why_not(run)` ("" if it accepts the run's compressor) and does
 
 artifact    tcjax.export.artifact: weights, PyTorch code, certificate, manifest, card
 parts       one file per part that learned: tower.safetensors and llm.safetensors under their published names (they
-            load in transformers), projector.safetensors under our own leaf paths (`TrainConfig.weights` reads it)
+            load in transformers; a LoRA is merged into the LLM), projector.safetensors under our own leaf paths
+            (`TrainConfig.weights` reads it)
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from typing import Any, NamedTuple
 
 from tcjax.assemble import published_names
 from tcjax.config import Run
-from tcjax.export import hf, hf_remote, jax_export, llava, onnx, origin, torch_export
+from tcjax.export import hf, hf_remote, jax_export, llava, llm, onnx, origin, torch_export
 from tcjax.export.artifact import export
 from tcjax.interop import names, tensors
+from tcjax.nn import lora
 from tcjax.record import write_json
 from tcjax.train.log import commit
 from tcjax.vlm import Vlm, VlmConfig
@@ -44,10 +46,9 @@ def export_parts(
 ) -> Path:
     """Every part that learned, as safetensors in `out`, and parts.json with their content hashes and origin."""
     written = {}
-    for part in run.train.trainable:
-        if part not in PARTS:
-            continue  # the heads of dense labels are thrown away
-        arrays = names.flatten(getattr(model, part))
+    for part in _parts(run):
+        module = getattr(model, part)
+        arrays = lora.merged(module, names.flatten(module))
         if part != "compressor":
             arrays = names.to_torch(arrays, published_names(getattr(run.model, part))[0])
         tensors.save(out / PARTS[part], arrays, {"run": run.name})
@@ -65,9 +66,15 @@ def export_parts(
 
 
 def _why_no_parts(run: Run) -> str:
-    if set(run.train.trainable) & set(PARTS):
+    if _parts(run):
         return ""
     return f"{run.name} trains {run.train.trainable}; only {sorted(PARTS)} can be exported as parts"
+
+
+def _parts(run: Run) -> list[str]:
+    """Parts that came to be what they are by training. The heads of dense labels are thrown away."""
+    changed = dict.fromkeys("llm" if part == lora.PART else part for part in run.train.trainable)
+    return [part for part in changed if part in PARTS]
 
 
 class Target(NamedTuple):
@@ -81,6 +88,7 @@ class Target(NamedTuple):
 TARGETS = {
     "artifact": Target("weights, PyTorch code, certificate, card", origin.why_not, export_artifact),
     "parts": Target("every trained part as safetensors", _why_no_parts, export_parts),
+    "llm": Target("the trained LLM as a published checkpoint, LoRA merged", llm.why_not, llm.export),
     "hf": Target("a Hugging Face directory of a stock class", hf.why_not, hf.export),
     "hf-remote": Target("a Llava directory with the compressor's own code", hf_remote.why_not, hf_remote.export),
     "llava": Target("mm_projector.bin of the original LLaVA", llava.why_not, llava.export),

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 
 Shape = tuple[int, ...]
 _LINES = 20  # per group; the count says how many there are
+_FEW = 3  # where no name fits, a list of all names would say no more
 
 
 class WeightMismatch(ValueError):
@@ -30,18 +31,24 @@ def mismatch(found: Mapping[str, Shape], expected: Mapping[str, Shape | None], w
     if not (missing or unexpected or misshapen):
         return None
     strangers = collapse(unexpected)
+    foreign = len(missing) == len(expected) and len(found) > _FEW
     groups = [
         ("MISSING", len(missing), [_suggest(name, strangers) for name in collapse(missing)]),
         ("UNEXPECTED", len(unexpected), strangers),
         ("SHAPE", len(misshapen), [_describe(*item) for item in misshapen]),
     ]
     lines = [f"{len(found)} {what} do not fit the {len(expected)} that are asked for:"]
+    if foreign:
+        lines = [
+            f"none of these {len(found)} {what} is one of the {len(expected)} that are asked for: another architecture?"
+        ]
+    shown = _FEW if foreign else _LINES
     for title, count, group in groups:
         if count:
             lines.append(f"  {title} ({count})")
-            lines += [f"    {line}" for line in group[:_LINES]]
-            if len(group) > _LINES:
-                lines.append(f"    ... and {len(group) - _LINES} more lines")
+            lines += [f"    {line}" for line in group[:shown]]
+            if len(group) > shown:
+                lines.append(f"    ... and {len(group) - shown} more lines")
     return WeightMismatch("\n".join(lines), missing, unexpected, [name for name, _, _ in misshapen])
 
 

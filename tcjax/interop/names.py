@@ -17,7 +17,7 @@ import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -55,6 +55,13 @@ class Name:
 
 _ROUNDING = 2.0**-8  # bfloat16's, of the largest value; float16 rounds 8 times less
 _LAYER = re.compile(r"\{(\d*)L(?:\+(\d+))?\}")
+
+
+class Shaped(Protocol):
+    """Anything with a shape: an array, or a tensor that still lies in its file."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
 
 
 class Op(NamedTuple):
@@ -120,6 +127,33 @@ def from_torch(
         WeightMismatch: one error listing every missing, unexpected and misshapen tensor.
         ValueError: a tensor that nothing trains holds something else than our table says.
     """
+    check(tensors, names, shapes, ignore=ignore)
+    refuse_other_values(tensors, names)
+    arrays: Arrays = {}
+    for name in names:
+        if name.value is not None:
+            continue
+        to_jax = OPS[name.op].to_jax
+        if name.is_stacked:
+            layers = range(shapes[name.jax][0])
+            arrays[name.jax] = np.stack([to_jax(tensors[name.at(layer)]) for layer in layers])
+        else:
+            arrays[name.jax] = np.array(to_jax(tensors[name.torch]), order="C")
+    return arrays
+
+
+def check(
+    tensors: Mapping[str, Shaped],
+    names: Sequence[Name],
+    shapes: Shapes,
+    *,
+    ignore: Collection[str] = (),
+    what: str = "tensors",
+) -> None:
+    """WeightMismatch unless the tensors are exactly the table's, but for what `ignore` matches; see `from_torch`.
+
+    what: the tensors in the message, "tensors of checkpoints/x".
+    """
     table = _by_leaf(names)
     assert table.keys() == shapes.keys(), f"table and module differ in {sorted(table.keys() ^ shapes.keys())}"
     expected = published_shapes(names, shapes)
@@ -129,19 +163,14 @@ def from_torch(
         for key, tensor in tensors.items()
         if key in expected or dropped is None or not dropped.fullmatch(key)
     }
-    _refuse(mismatch(found, expected, "tensors"))
-    arrays: Arrays = {}
+    _refuse(mismatch(found, expected, what))
+
+
+def refuse_other_values(tensors: Mapping[str, np.ndarray], names: Sequence[Name]) -> None:
+    """ValueError if a tensor that nothing trains holds something else than its line says."""
     for name in names:
         if name.value is not None:
             _refuse_another(name.torch, tensors[name.torch], name.value)
-            continue
-        to_jax = OPS[name.op].to_jax
-        if name.is_stacked:
-            layers = range(shapes[name.jax][0])
-            arrays[name.jax] = np.stack([to_jax(tensors[name.at(layer)]) for layer in layers])
-        else:
-            arrays[name.jax] = np.array(to_jax(tensors[name.torch]), order="C")
-    return arrays
 
 
 def published_shapes(names: Sequence[Name], shapes: Shapes) -> Shapes:

@@ -2,9 +2,10 @@
 
     per block:  x += attention(norm(x));  x += down(silu(gate(norm(x))) * up(norm(x)))
 
-One file is Llama and Vicuna, Qwen2 and 2.5 (biases on q, k, v), Qwen3 (q and k normed per head) and SmolLM2 by config.
-Sources: Touvron et al. 2023 (Llama), Ainslie et al. 2023 (grouped queries), the Qwen2 and Qwen3 reports; checked
-against `transformers` in tests/test_decoder.py. Positions count valid tokens only, so left and right padding agree.
+One file is Llama and Vicuna, Mistral (a sliding window), Qwen2 and 2.5 (biases on q, k, v), Qwen3 (q and k normed per
+head) and SmolLM2 by config. Sources: Touvron et al. 2023 (Llama), Ainslie et al. 2023 (grouped queries), Jiang et al. 2023
+(Mistral), the Qwen2 and Qwen3 reports; checked against `transformers` in tests/test_decoder.py. Positions count valid
+tokens only, so left and right padding agree; a window counts them likewise.
 Cost per token and layer: 2 (2 D K A + 2 D J A + 3 D F) FLOPs plus 4 M K A for attention to M positions.
 """
 
@@ -19,8 +20,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.nn import initializers
 
+from tcjax.interop.lines import linear
 from tcjax.interop.names import Name
-from tcjax.llms.rope import Llama3Scaling, Rotation, frequencies, rotate, rotation
+from tcjax.llms.rope import Rotation, Scaling, frequencies, rotate, rotation
 from tcjax.nn import layers
 from tcjax.nn.attention import attend, attend_causally
 from tcjax.nn.dense import dense
@@ -33,6 +35,7 @@ class LlmConfig:
 
     vocab: rows of the embedding, padding rows included. kv_heads: key/value heads, shared by heads / kv_heads each.
     head_width: A; heads * head_width need not be width (Qwen3). tie: the head is the embedding transposed.
+    window: positions that one sees, itself included (Mistral 0.1: 4096); None sees all before it.
     weights: path of published safetensors ("": from the seed); loaded by whoever builds the run.
     """
 
@@ -44,11 +47,14 @@ class LlmConfig:
     head_width: int
     feed_forward: int
     rope_theta: float
-    rope_scaling: Llama3Scaling | None = None
+    rope_scaling: Scaling | None = None
     norm_eps: float
     tie: bool
     qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
     qk_norm: bool = False
+    window: int | None = None
     weights: str = ""
 
     def __post_init__(self):
@@ -59,6 +65,8 @@ class LlmConfig:
             raise ValueError(f"kv_heads={self.kv_heads} must divide heads={self.heads}.")
         if self.head_width % 2:
             raise ValueError(f"head_width={self.head_width} must be even: rotary positions turn pairs.")
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"window={self.window} must be at least 1, a position itself; None sees all before it.")
 
     def build(self, rngs: nnx.Rngs) -> Decoder:
         return Decoder(self, rngs=rngs)
@@ -142,6 +150,8 @@ class Decoder(nnx.Module):
         valid_BM = jax.lax.dynamic_update_slice(cache.valid_BM, jnp.ones((B, S), bool), (0, cache.used))
         past_SM = jnp.arange(M)[None, :] <= cache.used + jnp.arange(S)[:, None]
         mask_BSM = valid_BM[:, None] & past_SM
+        if self.cfg.window is not None:
+            mask_BSM &= positions_BS[:, :, None] - _positions(valid_BM, None)[:, None] < self.cfg.window
 
         def look(query_BSKA, key_BSJA, value_BSJA, cached):
             key_BMJA, value_BMJA = (
@@ -168,7 +178,15 @@ class Decoder(nnx.Module):
         positions_BS = _positions(valid_BS, segment_BS)
 
         def look(query_BSKA, key_BSJA, value_BSJA, _):
-            mixed_BSKA = attend_causally(query_BSKA, key_BSJA, value_BSJA, valid_BS=valid_BS, segment_BS=segment_BS)
+            mixed_BSKA = attend_causally(
+                query_BSKA,
+                key_BSJA,
+                value_BSJA,
+                valid_BS=valid_BS,
+                segment_BS=segment_BS,
+                positions_BS=positions_BS,
+                window=self.cfg.window,
+            )
             return mixed_BSKA, (key_BSJA, value_BSJA) if keep else None
 
         return self._run(seq_BSD, positions_BS, look)
@@ -176,7 +194,8 @@ class Decoder(nnx.Module):
     def _run(self, seq_BSD: jax.Array, positions_BS: jax.Array, look: Look, *, inputs=None) -> tuple[jax.Array, Any]:
         """All blocks and the final norm; `look` gets each layer's input and its second result is stacked over L."""
         cfg = self.cfg
-        turn = rotation(positions_BS, frequencies(cfg.head_width, cfg.rope_theta, cfg.rope_scaling))
+        magnitude = 1.0 if cfg.rope_scaling is None else cfg.rope_scaling.magnitude
+        turn = rotation(positions_BS, frequencies(cfg.head_width, cfg.rope_theta, cfg.rope_scaling), magnitude)
 
         def step(block: Block, x_BSD: jax.Array, layer_input):
             return block(x_BSD, turn, lambda *heads: look(*heads, layer_input))
@@ -198,9 +217,9 @@ class Block(nnx.Module):
         self.attention_norm = RMSNorm("D", D, eps=cfg.norm_eps)
         self.attention = Attention(cfg, into_residual, rngs=rngs)
         self.mlp_norm = RMSNorm("D", D, eps=cfg.norm_eps)
-        self.gate = dense("DF", D, F, bias=False, rngs=rngs)
-        self.up = dense("DF", D, F, bias=False, rngs=rngs)
-        self.down = dense("FD", F, D, bias=False, init=into_residual, rngs=rngs)
+        self.gate = dense("DF", D, F, bias=cfg.mlp_bias, rngs=rngs)
+        self.up = dense("DF", D, F, bias=cfg.mlp_bias, rngs=rngs)
+        self.down = dense("FD", F, D, bias=cfg.mlp_bias, init=into_residual, rngs=rngs)
 
     def __call__(self, x_BSD: jax.Array, turn: Rotation, look: Look) -> tuple[jax.Array, object]:
         mixed_BSD, kept = self.attention(self.attention_norm(x_BSD), turn, look)
@@ -219,7 +238,7 @@ class Attention(nnx.Module):
         self.query = dense("DE", D, cfg.heads * A, bias=cfg.qkv_bias, rngs=rngs)
         self.key = dense("DI", D, cfg.kv_heads * A, bias=cfg.qkv_bias, rngs=rngs)
         self.value = dense("DI", D, cfg.kv_heads * A, bias=cfg.qkv_bias, rngs=rngs)
-        self.out = dense("ED", cfg.heads * A, D, bias=False, init=out_init, rngs=rngs)
+        self.out = dense("ED", cfg.heads * A, D, bias=cfg.out_bias, init=out_init, rngs=rngs)
         self.qk_norm = cfg.qk_norm
         if cfg.qk_norm:
             self.query_norm = RMSNorm("A", A, eps=cfg.norm_eps)
@@ -259,7 +278,7 @@ def _all_valid(seq_BSD: jax.Array, valid_BS: jax.Array | None) -> jax.Array:
 
 
 def names(cfg: LlmConfig) -> list[Name]:
-    """Leaf of `cfg.build` <-> tensor of the published Llama and Qwen checkpoints."""
+    """Leaf of `cfg.build` <-> tensor of the published Llama, Mistral and Qwen checkpoints."""
     table = [
         Name("embedding", "model.embed_tokens.weight", "same"),
         Name("norm/scale", "model.norm.weight", "same"),
@@ -271,11 +290,9 @@ def names(cfg: LlmConfig) -> list[Name]:
         norms |= {"attention/query_norm": "self_attn.q_norm", "attention/key_norm": "self_attn.k_norm"}
     for ours, theirs in norms.items():
         table.append(Name(f"blocks/{ours}/scale", f"{_LAYER}{theirs}.weight", "same"))
-    for ours, theirs in _DENSE.items():
-        table.append(Name(f"blocks/{ours}/kernel", f"{_LAYER}{theirs}.weight", "transpose"))
-    if cfg.qkv_bias:
-        for ours in ("attention/query", "attention/key", "attention/value"):
-            table.append(Name(f"blocks/{ours}/bias", f"{_LAYER}{_DENSE[ours]}.bias", "same"))
+    for biases, kinds in _DENSE.items():
+        for ours, theirs in kinds.items():
+            table += linear(f"blocks/{ours}", f"{_LAYER}{theirs}", bias=getattr(cfg, biases))
     return table
 
 
@@ -291,12 +308,12 @@ def ignore(cfg: LlmConfig) -> list[str]:
 
 
 _LAYER = "model.layers.{L}."
-_DENSE = {
-    "attention/query": "self_attn.q_proj",
-    "attention/key": "self_attn.k_proj",
-    "attention/value": "self_attn.v_proj",
-    "attention/out": "self_attn.o_proj",
-    "gate": "mlp.gate_proj",
-    "up": "mlp.up_proj",
-    "down": "mlp.down_proj",
+_DENSE = {  # by the field that says whether they have biases
+    "qkv_bias": {
+        "attention/query": "self_attn.q_proj",
+        "attention/key": "self_attn.k_proj",
+        "attention/value": "self_attn.v_proj",
+    },
+    "out_bias": {"attention/out": "self_attn.o_proj"},
+    "mlp_bias": {"gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"},
 }

@@ -52,10 +52,13 @@ def attend_causally(
     *,
     valid_BS: jax.Array,
     segment_BS: jax.Array | None = None,
+    positions_BS: jax.Array | None = None,
+    window: int | None = None,
 ) -> jax.Array:
     """Causal self-attention: position s sees the valid positions up to s, and always itself.
 
-    With segment_BS, of those only segment 0 and its own.
+    With segment_BS, of those only segment 0 and its own. With a window, of those only the ones whose position, as
+    positions_BS counts, is less than `window` before its own.
     """
     S = query_BSKA.shape[1]
     scaled_BSKA = query_BSKA * jnp.asarray(query_BSKA.shape[-1] ** -0.5, query_BSKA.dtype)
@@ -69,6 +72,9 @@ def attend_causally(
         if segment_BS is not None:
             of_key_BSM = segment_BS[:, None, :end]
             mask_BSM &= (of_key_BSM == 0) | (of_key_BSM == segment_BS[:, start:end, None])
+        if window is not None:
+            assert positions_BS is not None, "a window counts positions"
+            mask_BSM &= positions_BS[:, start:end, None] - positions_BS[:, None, :end] < window
         blocks.append(_read(query_BJGSA[:, :, :, start:end], key_BJMA[:, :, :end], value_BJMA[:, :, :end], mask_BSM))
     return _positions_first(jnp.concatenate(blocks, axis=3))
 

@@ -9,11 +9,32 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.nn import initializers
 
+from tcjax.nn.quantised import Quantised
+
 small_normal = initializers.normal(0.02)  # embeddings; the resamplers' trunc_normal_(.02) is this too
 # N(0, 1/fan_in). Llama's and CLIP's 0.02 is this at width 2500; at width 100 it would start every attention uniform.
 fan_in_normal = initializers.variance_scaling(1.0, "fan_in", "normal")
 # torch's nn.Linear default, kaiming_uniform(a=sqrt 5): U(-1/sqrt(fan_in), 1/sqrt(fan_in)), the bias likewise.
 torch_uniform = initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+class Dense(nnx.Linear):
+    """y = x @ kernel + bias, and what an attached update adds (tcjax.nn.lora). axes: of the kernel, without a stack's L.
+
+    A frozen kernel may also be `Quantised`.
+    """
+
+    axes: str
+    lora: Any = None
+
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        kernel = self.kernel.get_value()
+        if isinstance(kernel, Quantised):
+            out = _times(inputs, kernel)
+            out = out if self.bias is None else out + self.bias[...].astype(out.dtype)
+        else:
+            out = super().__call__(inputs)
+        return out if self.lora is None else out + self.lora(inputs)
 
 
 def dense(
@@ -24,9 +45,9 @@ def dense(
     bias: bool = True,
     init: jax.nn.initializers.Initializer = fan_in_normal,
     rngs: nnx.Rngs,
-) -> nnx.Linear:
+) -> Dense:
     """y = x @ kernel + bias with float32 parameters; `axes` names the kernel's letters, e.g. "CD"."""
-    return nnx.Linear(
+    layer = Dense(
         num_in,
         num_out,
         use_bias=bias,
@@ -36,6 +57,13 @@ def dense(
         dot_general=_dot_general,
         rngs=rngs,
     )
+    layer.axes = axes
+    return layer
+
+
+@jax.checkpoint  # what is kept for the backward pass are the codes, not the floats made of them
+def _times(x: jax.Array, kernel: Quantised) -> jax.Array:
+    return rows(x, kernel.whole(x.dtype))
 
 
 def rows(x: jax.Array, kernel: jax.Array, **options: Any) -> jax.Array:

@@ -80,8 +80,9 @@ def fit(image: Image.Image, pixels: Pixels) -> np.ndarray:
     """uint8 image_YX3 of an RGB image; for naflex the resized image, whole patches in both directions."""
     way = plan(image.height, image.width, pixels)
     if way.canvas_YX != (image.height, image.width):
-        canvas = Image.new("RGB", way.canvas_YX[::-1], tuple(int(255 * mean) for mean in pixels.mean))
-        canvas.paste(image, way.at_YX[::-1])
+        (rows, columns), (top, left) = way.canvas_YX, way.at_YX
+        canvas = Image.new("RGB", (columns, rows), tuple(int(255 * mean) for mean in pixels.mean))
+        canvas.paste(image, (left, top))
         image = canvas
     (height, width), (top, left, Y, X) = way.resized_YX, way.window
     resample = _RESAMPLE[pixels.resample]

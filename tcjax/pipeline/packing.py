@@ -2,9 +2,9 @@
 
 Positions w W ... (w + 1) W - 1 of the endless stream are one window. Its samples, the largest first, each go into the
 fullest row that still has the positions (text, and Q per image) and the image slots; then the rows are shuffled. So the
-plan is a pure function of (seed, lengths), and what the last rows of a window lack is one part in hundreds. Large is
-what takes a large share of a row's positions and of its slots, both added: by positions alone, the short samples come
-last and run out of slots (5 to 10 % more padding on lengths like those of LLaVA's mixture, 4 to 8 slots per row).
+plan is a pure function of (seed, lengths), and only the last rows of a window have more room than its samples are to
+blame for. Large is what takes a large share of a row's positions and of its slots, both added: by positions alone, the
+short samples come last and run out of slots.
 A row's samples are segments 1, 2, ... with nothing shared: the decoder hides them from each other and starts each at
 position 0. Source of the method: Krell et al. 2021, "Efficient sequence packing without cross-contamination".
 """

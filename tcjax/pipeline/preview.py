@@ -2,7 +2,7 @@
 coloured.
 
 What is shown is what `Chat.compose` gives to the loss, id by id, not the text it was made from, and what `images.shown`
-gives to the tower, normalised and back. A row that cannot be used is shown with its reason.
+gives to the tower. A row that cannot be used is shown with its reason.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from collections.abc import Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
 from tcjax.config import Pixels
@@ -75,11 +74,10 @@ def _section(prepared: Records, index: int, chat: Chat, pixels: Pixels, num_quer
 
 
 def _picture(record: Record, number: int, pixels: Pixels) -> str:
-    """An <img>: the normalised pixels brought back to 0 ... 255."""
-    seen_YX3 = images.normalise(images.shown(record.images[number], pixels, record.image_id), pixels)
-    shown_YX3 = (seen_YX3 * np.array(pixels.std) + np.array(pixels.mean)) * 255
+    """An <img>: the pixels the tower gets."""
+    shown_YX3 = images.shown(record.images[number], pixels, record.image_id)
     png = io.BytesIO()
-    Image.fromarray(np.clip(np.rint(shown_YX3), 0, 255).astype(np.uint8)).save(png, "PNG")
+    Image.fromarray(shown_YX3).save(png, "PNG")
     return (
         f'<img alt="{html.escape(record.image_id)}" src="data:image/png;base64,'
         f'{base64.b64encode(png.getvalue()).decode()}">'

@@ -55,7 +55,7 @@ class Layout:
 
     slots: image slots of a row (R). parts: what `segment_BS` tells apart.
     instruction_length: positions of an image's instruction; 0: no compressor asks for one.
-    features: given, `Sample.seen` holds cached tokens of this shape, else pixels. labelled: samples carry dense labels.
+    features: given, `Sample.seen` holds cached tokens of this shape, else pixels.
     """
 
     pixels: Pixels

@@ -81,7 +81,8 @@ class Samples:
 
     def read(self, place: Place) -> Sample | None:
         """The sample of a record; None if it cannot be used."""
-        if place.index in self.skipped:
+        kind, _ = self.skipped.get(place.index, ("", ""))
+        if kind and not (kind == "unsupervised" and place.draw):  # another turn of it may fit
             return None
         try:
             sample = self._read(place)

@@ -13,6 +13,7 @@ import optax
 from flax import nnx
 
 from tcjax.config import TrainConfig
+from tcjax.train.state import part_of
 
 
 def schedule(config: TrainConfig) -> optax.Schedule:
@@ -24,8 +25,28 @@ def schedule(config: TrainConfig) -> optax.Schedule:
 
 
 def make_optimiser(config: TrainConfig) -> optax.GradientTransformation:
+    """ValueError if `lr_of` names a part that does not learn, or gives it no positive rate."""
+    wrong = {part: peak for part, peak in config.lr_of.items() if part not in config.trainable or peak <= 0}
+    if wrong:
+        raise ValueError(f"lr_of gives {wrong}; it takes positive peaks of parts that learn, {list(config.trainable)}.")
     adamw = optax.adamw(schedule(config), b1=config.b1, b2=config.b2, weight_decay=config.weight_decay, mask=_matrices)
-    return optax.chain(optax.clip_by_global_norm(config.clip), adamw) if config.clip else adamw
+    optimiser = optax.chain(optax.clip_by_global_norm(config.clip), adamw) if config.clip else adamw
+    if not config.lr_of:
+        return optimiser
+    return optax.chain(optimiser, _by_part({part: peak / config.peak_lr for part, peak in config.lr_of.items()}))
+
+
+def _by_part(factors: dict[str, float]) -> optax.GradientTransformation:
+    """Updates, decay included, times the factor of their part: the same as another peak in the schedule."""
+
+    def scale(updates: Any, _: Any = None) -> Any:
+        scaled = [
+            (path, leaf.replace(factors.get(part_of(path), 1.0) * leaf.get_value()))
+            for path, leaf in nnx.to_flat_state(updates)
+        ]
+        return nnx.from_flat_state(scaled)
+
+    return optax.stateless(scale)
 
 
 def _matrices(params: Any) -> Any:

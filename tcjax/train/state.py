@@ -12,6 +12,9 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from tcjax.nn.lora import PART, is_lora
+from tcjax.nn.quantised import is_quantised
+
 COMPUTE = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -23,13 +26,24 @@ class State(NamedTuple):
 
 
 def split(model: nnx.Module, parts: tuple[str, ...]) -> tuple[Any, Any, Any]:
-    """graphdef, trainable, frozen. ValueError if a part is not one of the model's."""
-    names = sorted({str(path[0]) for path, _ in nnx.to_flat_state(nnx.state(model))})
+    """graphdef, trainable, frozen. ValueError if a part is not one of the model's, or if its LoRA would not learn."""
+    names = sorted({part_of(path) for path, _ in nnx.to_flat_state(nnx.state(model))})
     unknown = [part for part in parts if part not in names]
     if unknown or not parts:
-        raise ValueError(f"trainable={parts!r} must name parts of {type(model).__name__}, which are {names}.")
-    graphdef, trainable, frozen = nnx.split(model, lambda path, _: path[0] in parts, ...)
+        raise ValueError(
+            f"trainable={parts!r} must name parts of {type(model).__name__}, which are {names} (train.lora.rank adds {PART!r})."
+        )
+    if PART in names and PART not in parts:
+        raise ValueError(
+            f"train.lora adds updates that trainable={parts!r} would freeze at 0; name {PART!r} there, too."
+        )
+    graphdef, trainable, frozen = nnx.split(model, lambda path, _: part_of(path) in parts, ...)
     return graphdef, trainable, frozen
+
+
+def part_of(path: tuple[Any, ...]) -> str:
+    """The part of the model that a leaf belongs to: "lora" wherever that is attached, else the path's first name."""
+    return PART if is_lora(path) else str(path[0])
 
 
 def init(trainable: Any, optimiser: optax.GradientTransformation) -> State:
@@ -37,8 +51,12 @@ def init(trainable: Any, optimiser: optax.GradientTransformation) -> State:
 
 
 def cast(tree: Any, dtype: Any) -> Any:
-    """Floating leaves in `dtype`, the rest as it is."""
-    return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
+    """Floating leaves in `dtype`, the rest as it is, quantised weights with their scales too."""
+
+    def one(x: Any) -> Any:
+        return x if is_quantised(x) or not jnp.issubdtype(x.dtype, jnp.floating) else x.astype(dtype)
+
+    return jax.tree.map(one, tree, is_leaf=is_quantised)
 
 
 def compute_dtype(name: str) -> Any:
@@ -48,4 +66,4 @@ def compute_dtype(name: str) -> Any:
 
 
 def num_parameters(tree: Any) -> int:
-    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+    return sum(leaf.size for leaf in jax.tree.leaves(tree, is_leaf=is_quantised))
