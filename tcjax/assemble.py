@@ -99,13 +99,10 @@ def assemble(
         reads[f"{part}/"] = _started(root / path, part, config, _shapes(leaves, f"{part}/"))
 
     def fill(path: str, read: Callable[[Place], jax.Array]) -> None:
-        leaf, part = leaves[path], path.partition("/")[0]
-        old, learns = leaf.get_value(), part in trainable or _is_lora(path)
-        kind = frozen if part in PUBLISHED and not learns else "float32"
-        narrow = kind != "float32" and jnp.issubdtype(old.dtype, jnp.floating)
-        dtype = jnp.bfloat16 if narrow else old.dtype
-        value = read(Place(old.shape, dtype, lies[path].get_value(), owned=learns))
-        if kind in quantised.TYPES and _is_kernel_of_blocks(path, leaf):
+        leaf = leaves[path]
+        kind, dtype, learns = _lies(path, leaf, trainable, frozen)
+        value = read(Place(leaf.get_value().shape, dtype, lies[path].get_value(), owned=learns))
+        if kind in quantised.TYPES:
             value = _quantised(value, leaf.get_metadata("axes"), kind, mesh)
         leaf.set_value(value)
 
@@ -125,6 +122,28 @@ def build(config: Any, seed: int = 0, lora: LoraConfig = LoraConfig()) -> Any:
     if lora.rank:
         _attach(model, lora, seed)
     return model
+
+
+def abstract(config: Any, *, trainable: Collection[str], frozen: str, lora: LoraConfig) -> Any:
+    """The model that `assemble` makes, of shapes and types alone."""
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: build(config, lora=lora)))
+    for path, leaf in _by_path(state).items():
+        kind, dtype, _ = _lies(path, leaf, trainable, frozen)
+        value = jax.ShapeDtypeStruct(leaf.get_value().shape, dtype)
+        if kind in quantised.TYPES:
+            value = jax.eval_shape(partial(quantised.quantise, kind=kind), value)
+        leaf.set_value(value)
+    return nnx.merge(graphdef, state)
+
+
+def _lies(path: str, leaf: Any, trainable: Collection[str], frozen: str) -> tuple[str, Any, bool]:
+    """How a leaf lies in memory: one of FROZEN, the type it is read in, and whether it learns."""
+    part, dtype = path.partition("/")[0], leaf.get_value().dtype
+    learns = part in trainable or _is_lora(path)
+    if learns or part not in PUBLISHED or frozen == "float32" or not jnp.issubdtype(dtype, jnp.floating):
+        return "float32", dtype, learns
+    whole = frozen in quantised.TYPES and not _is_kernel_of_blocks(path, leaf)
+    return "bfloat16" if whole else frozen, jnp.bfloat16, learns
 
 
 def _attach(model: nnx.Module, config: LoraConfig, seed: int) -> None:

@@ -6,7 +6,7 @@ Nothing is loaded, compiled or run: the model is built abstractly, and memory is
     training      gradient and both moments of what learns, float32
     activations   what the backward pass keeps of one microbatch, read off the jaxpr of the loss
 
-What the compiler needs beside that (workspace, gathered shards) is not in it.
+What the compiler needs beside that (workspace, gathered shards, with `remat` one block's own activations) is not in it.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tcjax.assemble import build
+from tcjax.assemble import abstract
 from tcjax.batch import Batch
 from tcjax.config import MeshConfig, Run
 from tcjax.evaluate.cost import training_flops
 from tcjax.pipeline.chat import Chat, Composed, open_chat
 from tcjax.pipeline.source import open_source
 from tcjax.sharding import MESH_AXES, check_batch, spec
-from tcjax.train.state import cast, compute_dtype, part_of, split
+from tcjax.train.state import cast, compute_dtype, part_of, recompute, split
 from tcjax.vlm import VlmConfig
 
 
@@ -46,7 +46,9 @@ def dry_run(run: Run, *, root: Path) -> dict[str, Any]:
     config: Any = run.model
     mesh = _mesh(run.mesh)
     check_batch(run.data.batch, mesh, run.train.accumulate)
-    model = nnx.eval_shape(lambda: build(config, lora=run.train.lora))
+    how = run.train
+    model = abstract(config, trainable=how.trainable, frozen=how.frozen, lora=how.lora)
+    recompute(model, how.remat)
     graphdef, trainable, frozen = split(model, run.train.trainable)
     learned = _held(trainable, mesh)
     cached = bool(run.train.feature_cache)
@@ -62,8 +64,7 @@ def dry_run(run: Run, *, root: Path) -> dict[str, Any]:
         "flops": None,
     }
     if isinstance(config, VlmConfig):
-        text, how = run.data.text_length, run.train
-        each = training_flops(config, text, how.trainable, lora=how.lora, cached_features=cached)
+        each = training_flops(config, run.data.text_length, how.trainable, lora=how.lora, cached_features=cached)
         figures["flops"] = run.data.batch * each
     return figures | _data(run, root, config.num_queries)
 
@@ -89,10 +90,15 @@ def _held(state: Any, mesh: AbstractMesh) -> int:
     """Bytes on one device, sharded as `place` does it."""
     total = 0
     for _, leaf in nnx.to_flat_state(state):
-        value = leaf.get_value()
-        entries = [e for entry in spec(leaf.get_metadata("axes"), value.shape, mesh) if entry for e in _names(entry)]
-        total += math.prod(value.shape) * value.dtype.itemsize // math.prod(mesh.shape[name] for name in entries)
+        for value in jax.tree.leaves(leaf.get_value()):  # codes and scale of a quantised one
+            total += math.prod(value.shape) * value.dtype.itemsize // _ways(leaf, value, mesh)
     return total
+
+
+def _ways(leaf: Any, value: Any, mesh: AbstractMesh) -> int:
+    """Among how many devices `place` splits it."""
+    entries = [entry for entry in spec(leaf.get_metadata("axes"), value.shape, mesh) if entry]
+    return math.prod(mesh.shape[name] for entry in entries for name in _names(entry))
 
 
 def _names(entry: str | tuple[str, ...]) -> tuple[str, ...]:
@@ -115,7 +121,12 @@ def _kept(run: Run, graphdef: Any, trainable: Any, frozen: Any, mesh: AbstractMe
     jaxpr = jax.make_jaxpr(pull_back)(trainable, frozen, batch).jaxpr
     given = {id(variable) for variable in (*jaxpr.invars, *jaxpr.constvars)}
     kept = {id(variable): variable.aval for variable in jaxpr.outvars if id(variable) not in given}
-    return sum(math.prod(aval.shape) * aval.dtype.itemsize for aval in kept.values())  # pyright: ignore
+    # A weight in the type of the computation lies as the weight does; everything else belongs to this device's rows.
+    ways = {leaf.get_value().shape: _ways(leaf, leaf.get_value(), mesh) for _, leaf in nnx.to_flat_state(trainable)}
+    return sum(
+        math.prod(aval.shape) * aval.dtype.itemsize // ways.get(aval.shape, 1)  # pyright: ignore
+        for aval in kept.values()
+    )
 
 
 def _abstract_batch(run: Run, rows: int) -> Batch:

@@ -213,7 +213,7 @@ def at(run: Run, model: nnx.Module, num_queries: int) -> tuple[Run, Vlm]:
 
 
 # What may change when a run goes on: how long, how often it speaks and saves.
-_FREE = ("steps", "save_every", "keep", "log_every", "wandb")
+_FREE = ("remat", "steps", "save_every", "keep", "log_every", "wandb")
 
 
 def identify(run: Run, model_identity: dict[str, Any]) -> dict[str, Any]:

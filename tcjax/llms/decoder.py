@@ -89,7 +89,7 @@ class Decoder(nnx.Module):
     """cfg: the numbers it was built from."""
 
     def __init__(self, cfg: LlmConfig, *, rngs: nnx.Rngs):
-        self.cfg = cfg
+        self.cfg, self.remat = cfg, False  # `tcjax.train.state.recompute` switches
         # 1 / sqrt(D), not Llama's 0.02 (which is that at D = 2500): a tied head then starts with logits of about 1, and
         # what a word is does not drown in the first block's output.
         rows = initializers.normal(cfg.width**-0.5)
@@ -200,7 +200,7 @@ class Decoder(nnx.Module):
         def step(block: Block, x_BSD: jax.Array, layer_input):
             return block(x_BSD, turn, lambda *heads: look(*heads, layer_input))
 
-        hidden_BSD, kept = layers.run(self.blocks, step, seq_BSD, inputs=inputs)
+        hidden_BSD, kept = layers.run(self.blocks, step, seq_BSD, inputs=inputs, remat=self.remat)
         return self.norm(hidden_BSD), kept
 
 

@@ -27,8 +27,11 @@ def stack(make: Callable[[nnx.Rngs], nnx.Module], num: int, rngs: nnx.Rngs) -> n
     return block
 
 
-def run(blocks: nnx.Module, step: Callable, carry, *, inputs=None, start: int = 0, num: int | None = None):
+def run(blocks: nnx.Module, step: Callable, carry, *, inputs=None, start: int = 0, num: int | None = None, remat=False):
     """`carry, outputs = step(block, carry, input)` through `num` layers from layer `start` on (all others if None).
+
+    Args:
+        remat: keep only what goes from layer to layer, and compute the rest again in the backward pass.
 
     Returns:
         The last carry and the outputs stacked on a leading L axis, as `lax.scan` does.
@@ -41,5 +44,7 @@ def run(blocks: nnx.Module, step: Callable, carry, *, inputs=None, start: int = 
         block_state, layer_input = layer
         return step(nnx.merge(graphdef, block_state), carry, layer_input)
 
+    if remat:
+        body = jax.checkpoint(body, prevent_cse=False)
     depth = len(jax.tree.leaves(state)[0])
     return jax.lax.scan(body, carry, (state, inputs), unroll=depth <= _UNROLLED)

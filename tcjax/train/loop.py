@@ -28,7 +28,7 @@ from tcjax.sharding import check_batch, make_mesh, place, place_batch
 from tcjax.train import log
 from tcjax.train.checkpoint import Checkpoints
 from tcjax.train.optimiser import make_optimiser, schedule
-from tcjax.train.state import compute_dtype, init, num_parameters, split
+from tcjax.train.state import compute_dtype, init, num_parameters, recompute, split
 from tcjax.train.step import Metrics, jit_step, make_step
 
 
@@ -95,6 +95,7 @@ def train(
     mesh = make_mesh(run.mesh)
     check_batch(run.data.batch, mesh, config.accumulate)
     optimiser, dtype = make_optimiser(config), compute_dtype(config.compute)
+    recompute(model, config.remat)
     graphdef, trainable, frozen = split(model, config.trainable)
     frozen = place(frozen, mesh)
     state = place(init(place(trainable, mesh), optimiser), mesh)

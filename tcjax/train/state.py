@@ -65,5 +65,13 @@ def compute_dtype(name: str) -> Any:
     return COMPUTE[name]
 
 
+def recompute(model: Any, remat: bool) -> None:
+    """In place: whether the LLM's blocks are computed again in the backward pass. ValueError if there is no LLM."""
+    if remat and not hasattr(model, "llm"):
+        raise ValueError(f"train.remat is about an LLM, and {type(model).__name__} has none.")
+    if hasattr(model, "llm"):
+        model.llm.remat = remat
+
+
 def num_parameters(tree: Any) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(tree, is_leaf=is_quantised))
