@@ -118,7 +118,7 @@ def pretrain_7b_mlp() -> Run:
 
 
 def finetune_7b_mlp() -> Run:
-    """LLaVA-1.5-7B as published, stage 2. To reproduce: VQAv2 78.5, GQA 62.0, TextVQA 58.2, POPE 85.9, MME 1510.7."""
+    """LLaVA-1.5-7B as published, stage 2 (about 10 hours on 8 A100). VQAv2 78.5, GQA 62.0, TextVQA 58.2, POPE 85.9."""
     return stage_two("7b", mlp.Config(), "7b-mlp")
 
 

@@ -49,7 +49,8 @@ def finetune() -> Run:
 
 
 def smollm() -> Run:
-    """Stage 1 with SmolLM2-135M-Instruct; it has no image token, so <|endoftext|> holds the images' places."""
+    """Stage 1 with SmolLM2-135M-Instruct; it has no image token, so <|endoftext|> holds the images' places (hours not
+    measured)."""
     train = TrainConfig(steps=2_181, peak_lr=1e-3, accumulate=4, remat=True, compute="bfloat16", frozen="bfloat16")
     return _run("smollm", llms.smollm2_135m(SMOLLM), PRETRAIN, templates.CHATML, 256, 192, "rows", train)
 
