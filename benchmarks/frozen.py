@@ -32,12 +32,11 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, Qwen2Config, Qwen2Fo
 from benchmarks.compressors import ROOT, markdown, measure, ratio, show, wait
 from configs import llms, towers
 from tcjax import loss
+from tcjax.assemble import published_names
 from tcjax.evaluate.cost import head_flops, llm_flops, tower_flops
 from tcjax.interop import names
-from tcjax.llms import decoder
 from tcjax.llms.decoder import LlmConfig
 from tcjax.record import write_json
-from tcjax.towers import vit
 from tcjax.towers.vit import VitConfig
 from tcjax.train.log import environment
 
@@ -61,7 +60,7 @@ def tower(cfg: VitConfig, arguments: argparse.Namespace) -> dict[str, Any]:
         )
     ).eval()
     module = nnx.eval_shape(lambda: cfg.build(nnx.Rngs(0)))
-    graphdef, state = _state(module, _published(theirs), vit, cfg, arguments.dtype)
+    graphdef, state = _state(module, _published(theirs), cfg, arguments.dtype)
     device, theirs = _placed(theirs, arguments.dtype)
     pixels = np.random.default_rng(0).standard_normal((arguments.batch, *cfg.pixels.size_YX, 3), np.float32)
     images_BYX3 = jnp.asarray(pixels, arguments.dtype)
@@ -102,7 +101,7 @@ def step(cfg: LlmConfig, arguments: argparse.Namespace) -> dict[str, Any]:
         )
     ).requires_grad_(False)
     module = nnx.eval_shape(lambda: cfg.build(nnx.Rngs(0)))
-    graphdef, state = _state(module, _published(theirs), decoder, cfg, arguments.dtype)
+    graphdef, state = _state(module, _published(theirs), cfg, arguments.dtype)
     device, theirs = _placed(theirs, arguments.dtype)
     random, B, S = np.random.default_rng(0), arguments.batch, VISUAL + TEXT
     visual = random.standard_normal((B, VISUAL, cfg.width), np.float32) * cfg.width**-0.5
@@ -149,8 +148,9 @@ def _published(model: Any) -> dict[str, np.ndarray]:
     return published
 
 
-def _state(module: nnx.Module, published: dict, room: Any, cfg: Any, dtype: str) -> tuple[Any, Any]:
-    arrays = names.from_torch(published, room.names(cfg), names.shapes(module), ignore=room.ignore(cfg))
+def _state(module: nnx.Module, published: dict, cfg: Any, dtype: str) -> tuple[Any, Any]:
+    table, ignored = published_names(cfg)
+    arrays = names.from_torch(published, table, names.shapes(module), ignore=ignored)
     graphdef, state = nnx.split(module)
     for path, leaf in nnx.to_flat_state(state):
         leaf.set_value(jnp.asarray(arrays.pop("/".join(map(str, path))), dtype))

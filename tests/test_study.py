@@ -25,6 +25,7 @@ from tcjax.pipeline.questions import questions
 from tcjax.pipeline.source import open_source
 from tcjax.study import rows
 from tcjax.train.checkpoint import CheckpointMismatch
+from tcjax.train.feature_store import Features
 from tcjax.train.log import read_metrics
 from tests.tiny_boards import make_project
 
@@ -102,7 +103,8 @@ def test_a_finished_study_is_skipped_whole(study, project, capsys):
 def test_runs_share_the_features_of_one_tower(study, project):
     caches = list((project / "runs/features").iterdir())
     assert len(caches) == 2  # train and test[:4], once each for two compressors
-    assert {np.load(cache / "tokens.npy", mmap_mode="r").shape for cache in caches} == {(24, 16, 16), (4, 16, 16)}
+    found = [Features(cache) for cache in caches]
+    assert {(len(features), *features.shape) for features in found} == {(24, 16, 16), (4, 16, 16)}
 
 
 def test_every_answer_is_written_beside_its_question(study):

@@ -29,8 +29,14 @@ def make_optimiser(config: TrainConfig) -> optax.GradientTransformation:
     wrong = {part: peak for part, peak in config.lr_of.items() if part not in config.trainable or peak <= 0}
     if wrong:
         raise ValueError(f"lr_of gives {wrong}; it takes positive peaks of parts that learn, {list(config.trainable)}.")
-    moments = {"b1": config.b1, "b2": config.b2, "eps": config.eps}
-    adamw = optax.adamw(schedule(config), **moments, weight_decay=config.weight_decay, mask=_matrices)
+    adamw = optax.adamw(
+        schedule(config),
+        b1=config.b1,
+        b2=config.b2,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        mask=_matrices,
+    )
     optimiser = optax.chain(optax.clip_by_global_norm(config.clip), adamw) if config.clip else adamw
     if not config.lr_of:
         return optimiser
