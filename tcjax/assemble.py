@@ -75,8 +75,7 @@ def assemble(
     Raises:
         ValueError: a file is missing, cut short, or does not fit (every name and shape that differs is listed).
     """
-    if frozen not in FROZEN:
-        raise ValueError(f"frozen={frozen!r} is not one of {list(FROZEN)}.")
+    _check(frozen)
     mesh = make_mesh(MeshConfig(data=1), jax.local_devices()[:1]) if mesh is None else mesh
 
     abstract, start = nnx.eval_shape(lambda: build(config, seed, lora)), start or {}
@@ -126,6 +125,7 @@ def build(config: Any, seed: int = 0, lora: LoraConfig = LoraConfig()) -> Any:
 
 def abstract(config: Any, *, trainable: Collection[str], frozen: str, lora: LoraConfig) -> Any:
     """The model that `assemble` makes, of shapes and types alone."""
+    _check(frozen)
     graphdef, state = nnx.split(nnx.eval_shape(lambda: build(config, lora=lora)))
     for path, leaf in _by_path(state).items():
         kind, dtype, _ = _lies(path, leaf, trainable, frozen)
@@ -134,6 +134,11 @@ def abstract(config: Any, *, trainable: Collection[str], frozen: str, lora: Lora
             value = jax.eval_shape(partial(quantised.quantise, kind=kind), value)
         leaf.set_value(value)
     return nnx.merge(graphdef, state)
+
+
+def _check(frozen: str) -> None:
+    if frozen not in FROZEN:
+        raise ValueError(f"frozen={frozen!r} is not one of {list(FROZEN)}.")
 
 
 def _lies(path: str, leaf: Any, trainable: Collection[str], frozen: str) -> tuple[str, Any, bool]:

@@ -47,6 +47,8 @@ def test_activations_follow_the_microbatch_and_weights_the_mesh(run, project):
     spread = dry_run(run.replace(mesh=MeshConfig(data=1, fsdp=4)), root=project)
     assert whole["weights"] / 4 < spread["weights"] < whole["weights"]
     assert len(jax.devices()) == 8 and spread["mesh"] == {"data": 1, "fsdp": 4, "tensor": 1}
+    with pytest.raises(ValueError, match=r"frozen='int9' is not one of \['float32', 'bfloat16', 'int8', 'nf4'\]"):
+        dry_run(run.replace(train=dataclasses.replace(run.train, frozen="int9")), root=project)
     with pytest.raises(ValueError, match=r"does not divide over 3"):
         dry_run(run.replace(mesh=MeshConfig(data=3)), root=project)
 
