@@ -11,7 +11,10 @@ Content (datasets, configs) arrives as paths below the project's root.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -135,8 +138,7 @@ def tower_features(
     kind = kind_of(nnx.state(model.tower))
     if kind != "float32":
         facts["frozen"] = kind
-    with _bar(quiet) as bar:
-        task = bar.add_task(f"features of {source.path} {source.split}", total=len(prepared))
+    with _shown(f"features of {source.path} {source.split}", len(prepared), quiet) as show:
         return cached_features(
             model.tower,
             pixels,
@@ -149,7 +151,7 @@ def tower_features(
             process_count=jax.process_count(),
             threads=run.data.threads,
             wait=wait,
-            show=lambda done, num: bar.update(task, completed=done, total=num),
+            show=show,
         )
 
 
@@ -169,6 +171,24 @@ def _assembled(run: Run, root: Path, frozen: str | None = None) -> tuple[Any, di
 def _bar(quiet: bool) -> Progress:
     columns = (*Progress.get_default_columns()[:3], TimeElapsedColumn(), TimeRemainingColumn())
     return Progress(*columns, disable=quiet, transient=True, console=Console(stderr=True))
+
+
+@contextmanager
+def _shown(what: str, total: int, quiet: bool) -> Iterator[Callable[[int, int], None]]:
+    """`show(done, total)`: a bar on a terminal, a line every tenth of the way elsewhere."""
+    if quiet or Console(stderr=True).is_terminal:
+        with _bar(quiet) as bar:
+            task = bar.add_task(what, total=total)
+            yield lambda done, num: bar.update(task, completed=done, total=num)
+        return
+    told, begun = [0], time.perf_counter()
+
+    def show(done: int, num: int) -> None:
+        if 10 * done // num > told[0]:
+            told[0] = 10 * done // num
+            print(f"{what}  {done:,} of {num:,}  {time.perf_counter() - begun:.0f} s", file=sys.stderr, flush=True)
+
+    yield show
 
 
 def trained(run: Run, *, root: Path, out: Path, frozen: str | None = None) -> tuple[nnx.Module, dict[str, Any], int]:
