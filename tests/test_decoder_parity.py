@@ -33,7 +33,7 @@ def ours(llm: Decoder, tokens_BS, valid_BS, segment_BS=None) -> tuple[jax.Array,
     return hidden_BSD, llm.logits(hidden_BSD)
 
 
-def close(found, expected) -> None:
+def assert_close(found, expected) -> None:
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -47,8 +47,8 @@ def test_hidden_states_and_logits_are_those_of_the_published_class(case, side):
     hidden_BSD, logits_BSV = ours(case.llm, tokens_BS, valid_BS)
     expected_BSD, expected_BSV = theirs(case.model, tokens_BS, valid_BS)
     assert np.abs(expected_BSD[valid_BS]).max() > 0.5
-    close(hidden_BSD[valid_BS], expected_BSD[valid_BS])
-    close(logits_BSV[valid_BS], expected_BSV[valid_BS])
+    assert_close(hidden_BSD[valid_BS], expected_BSD[valid_BS])
+    assert_close(logits_BSV[valid_BS], expected_BSV[valid_BS])
 
 
 def test_a_cache_changes_nothing(case):
@@ -67,7 +67,7 @@ def test_a_cache_changes_nothing(case):
         return jnp.concatenate(pieces, axis=1)
 
     expected_BSD, _ = theirs(case.model, tokens_BS, valid_BS)
-    close(in_pieces(case.llm)[valid_BS], expected_BSD[valid_BS])
+    assert_close(in_pieces(case.llm)[valid_BS], expected_BSD[valid_BS])
 
 
 def test_a_window_hides_what_lies_before_it_and_nothing_else():
@@ -102,8 +102,8 @@ def test_eight_devices_equal_one_and_the_published_class(family, mesh):
     assert query.addressable_shards[0].data.size == query.size // (mesh.fsdp * mesh.tensor)
     run = jax.jit(lambda state, tokens_BS, valid_BS: ours(nnx.merge(graphdef, state), tokens_BS, valid_BS))
     hidden_BSD, logits_BSV = run(state, *place_batch((tokens_BS, valid_BS), device))
-    close(np.asarray(hidden_BSD)[valid_BS], expected_BSD[valid_BS])
-    close(np.asarray(logits_BSV)[valid_BS], expected_BSV[valid_BS])
+    assert_close(np.asarray(hidden_BSD)[valid_BS], expected_BSD[valid_BS])
+    assert_close(np.asarray(logits_BSV)[valid_BS], expected_BSV[valid_BS])
 
 
 DOCUMENTS = ([3, 1, 4, 1, 5, 9], [2, 6, 5], [3, 5, 8, 9, 7, 9, 3])
@@ -127,8 +127,8 @@ def test_packed_documents_are_each_as_if_alone(family):
     for document in DOCUMENTS:
         end = start + len(document)
         alone_BSD, alone_BSV = theirs(family.model, np.array([document]), np.ones((1, len(document)), bool))
-        close(hidden_BSD[:, start:end], alone_BSD)
-        close(logits_BSV[:, start:end], alone_BSV)
+        assert_close(hidden_BSD[:, start:end], alone_BSD)
+        assert_close(logits_BSV[:, start:end], alone_BSV)
         start = end
 
 
