@@ -6,12 +6,11 @@ them, that a pod which may not save before it is killed loses its steps, or whic
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
-from launch import slices
+from launch import mesh, slices
 from launch.forward import RESTART_CODES, SCRIPT
 from launch.job import LaunchError
 
@@ -23,7 +22,6 @@ STRATEGIES = ("Recreate", "BlockingRecreate", "InPlaceRestart")
 LABEL = re.compile(r"[a-z]([a-z0-9-]*[a-z0-9])?")
 LONGEST = 63  # of a name that is also a host name; the webhook refuses longer ones
 POD_SUFFIX = "-abcde"  # Kubernetes appends five letters of its own to a pod's name
-AXES = ("data", "fsdp", "tensor")
 
 
 def check(manifest: dict, save_seconds: int) -> None:
@@ -99,7 +97,7 @@ def _devices(manifest: dict, replicas: int, job: dict, pod: dict) -> Iterator[st
         yield from _coordinator(manifest, hosts, train)
     if resource == "nvidia.com/gpu" and labels.get(GPU) not in (known := [each[0] for each in slices.GPUS.values()]):
         yield f"{GPU} is {labels.get(GPU)!r}; known: {', '.join(known)}"
-    yield from mesh_faults(train.get("args", ()), replicas * hosts * per_host * per_device, replicas)
+    yield from mesh.faults(train.get("args", ()), replicas * hosts * per_host * per_device, replicas)
 
 
 def _slice(labels: dict) -> slices.Slice | str:
@@ -123,34 +121,6 @@ def _coordinator(manifest: dict, hosts: int, train: dict) -> Iterator[str]:
         yield f"JAX_NUM_PROCESSES is {env.get('JAX_NUM_PROCESSES')!r}, not the {hosts} hosts"
     if not isinstance(env.get("JAX_PROCESS_ID"), dict):
         yield "JAX_PROCESS_ID does not come from the pod's completion index: every pod would be the same process"
-
-
-def asked_mesh(command: Sequence[str]) -> dict[str, int]:
-    """{axis: size} of the --mesh flags in a command; what is absent, the config decides."""
-    found = {}
-    for place, word in enumerate(command):
-        name, equals, value = word.partition("=")
-        axis = name.removeprefix("--mesh.")
-        if not name.startswith("--mesh.") or axis not in AXES:
-            continue
-        value = value if equals else "".join(command[place + 1 : place + 2])
-        if not re.fullmatch(r"-1|[1-9]\d*", value):
-            raise LaunchError(f"{name} {value!r}: a mesh axis takes a whole number from 1 up, or -1 for what is left.")
-        found[axis] = int(value)
-    return found
-
-
-def mesh_faults(command: Sequence[str], devices: int, replicas: int = 1) -> Iterator[str]:
-    """Whether the --mesh flags of a command use all devices, with whole copies of `data` on every slice."""
-    asked = asked_mesh(command)
-    sizes = {axis: size for axis, size in asked.items() if size != -1}
-    said, used = " ".join(f"--mesh.{axis} {size}" for axis, size in asked.items()), math.prod(sizes.values())
-    closed = len(sizes) == len(AXES)
-    if (used != devices) if closed else devices % used:
-        wants = f"is a mesh of {used}" if closed else f"does not divide the {devices}"
-        yield f"{said} {wants}, but the job has {devices} devices: change the mesh or the accelerator"
-    elif (data := sizes.get("data", devices // used if len(sizes) == 2 else 0)) % replicas:
-        yield f"{said}: data is {data}, which {replicas} slices cannot share evenly; make it a multiple of {replicas}"
 
 
 # Endings -------------------------------------------------------------------------------------------------------------

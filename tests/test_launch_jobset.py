@@ -8,7 +8,7 @@ from kubeflow_trainer_api.models.jobset_v1alpha2_job_set import JobsetV1alpha2Jo
 from pydantic import ValidationError
 
 from launch import __main__ as door
-from launch import gke_jobset, jobset_rules
+from launch import gke_jobset, jobset_rules, mesh
 from launch.forward import RESTART_CODES
 from launch.job import Job, LaunchError
 from tests.launch_golden import FOLDER, assert_golden
@@ -199,12 +199,12 @@ def test_a_manifest_that_breaks_a_rule_is_refused(what):
 @pytest.mark.parametrize("words", ["--mesh.fsdp 0", "--mesh.data=x", "--mesh.tensor", "--mesh.fsdp -2"])
 def test_a_mesh_that_is_no_number_is_refused(words):
     with pytest.raises(LaunchError, match="a mesh axis takes a whole number from 1 up, or -1"):
-        jobset_rules.asked_mesh(words.split())
+        mesh.asked(words.split())
 
 
 @pytest.mark.parametrize("words", ["", "--mesh.data -1", "--mesh.fsdp 8", "--mesh.data=4 --mesh.fsdp=4", "--mesh.tensor 16"])
 def test_a_mesh_left_open_fits_what_it_divides(words):
-    assert list(jobset_rules.mesh_faults(words.split(), devices=16, replicas=1)) == []
+    assert list(mesh.faults(words.split(), devices=16, replicas=1)) == []
 
 
 def test_the_longest_name_is_as_long_as_a_pod_may_be_called():
