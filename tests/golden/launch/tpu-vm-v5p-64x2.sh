@@ -115,7 +115,7 @@ HOST
 everywhere() {
   local slice pids=() code=0 pid
   for slice in "${!nodes[@]}"; do
-    gcloud compute tpus tpu-vm ssh "${nodes[$slice]}" "${place[@]}" "${reach[@]}" --worker=all --batch-size=all \
+    gcloud compute tpus tpu-vm ssh "${nodes[$slice]}" "${place[@]}" "${reach[@]}" --worker=all \
       --command="${1//@slice@/$slice}" &
     pids+=($!)
   done
