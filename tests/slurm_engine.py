@@ -91,7 +91,9 @@ class Engine:
         end = time.monotonic() + seconds
         while not done():
             if time.monotonic() > end:
-                logs = [f"{path.name}: {path.read_text(errors='replace')[-1500:]}" for path in self.folder.glob("*.log")]
+                logs = [
+                    f"{path.name}: {path.read_text(errors='replace')[-1500:]}" for path in self.folder.glob("*.log")
+                ]
                 raise TimeoutError(f"{what} did not happen within {seconds} s.\n{self('squeue')}\n" + "\n".join(logs))
             time.sleep(0.1)
 
@@ -111,7 +113,10 @@ def engine() -> Iterator[Engine]:
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
         stack.callback(_end, slurm)
         munge = [f"--{name}={folder}/munge.{name}" for name in ("socket", "pid", "log", "seed")]
-        munge = [word.replace("pid=", "pid-file=").replace("log=", "log-file=").replace("seed=", "seed-file=") for word in munge]
+        munge = [
+            word.replace("pid=", "pid-file=").replace("log=", "log-file=").replace("seed=", "seed-file=")
+            for word in munge
+        ]
         daemons = [
             ["munged", "--foreground", "--force", f"--key-file={folder}/munge.key", *munge],
             ["slurmctld", "-D"],
