@@ -17,7 +17,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -103,37 +103,57 @@ def engine() -> Iterator[Engine]:
     """A controller and two nodes, idle; every process is ended and the folder removed at the end, also after a failure."""
     folder = Path(tempfile.mkdtemp(prefix="slurm-"))  # a socket's path has to be short, pytest's folders are not
     environ = os.environ | {"PATH": _path(), "SLURM_CONF": f"{folder}/slurm.conf", MARK: str(folder)}
-    slurm = Engine(folder, environ)
+    slurm, daemons = Engine(folder, environ), []
     host = socket.gethostname().partition(".")[0]
     (folder / "slurm.conf").write_text(CONFIG.format(folder=folder, host=host, ports=_ports()))
     (folder / "munge.key").write_bytes(os.urandom(128))
     (folder / "munge.key").chmod(0o400)
     (folder / "state").mkdir()
-    with ExitStack() as stack:
-        stack.callback(shutil.rmtree, folder, ignore_errors=True)
-        stack.callback(_end, slurm)
-        munge = [f"--{name}={folder}/munge.{name}" for name in ("socket", "pid", "log", "seed")]
-        munge = [
-            word.replace("pid=", "pid-file=").replace("log=", "log-file=").replace("seed=", "seed-file=")
-            for word in munge
-        ]
-        daemons = [
-            ["munged", "--foreground", "--force", f"--key-file={folder}/munge.key", *munge],
-            ["slurmctld", "-D"],
-            *(["slurmd", "-D", "-N", node] for node in ("n1", "n2")),
-        ]
-        for words in daemons:
-            _start(words, slurm)
-            if words[0] == "munged":
-                slurm.wait((folder / "munge.socket").exists, 10, "munged's socket")
-        slurm.wait(lambda: _idle(slurm), 30, "two idle nodes")
+    munge = {"socket": "socket", "key-file": "key", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
+    try:
+        daemons.append(
+            _start(slurm, "munged", "--foreground", "--force", *(f"--{a}={folder}/munge.{b}" for a, b in munge.items()))
+        )
+        slurm.wait((folder / "munge.socket").exists, 10, "munged's socket")
+        daemons.append(_start(slurm, "slurmctld", "-D"))
+        daemons += [_start(slurm, "slurmd", "-D", "-N", node) for node in ("n1", "n2")]
+        slurm.wait(lambda: idle(slurm), 30, "two idle nodes")
         yield slurm
+    finally:
+        end = time.monotonic() + 20
+        while (left := ours(folder)) and time.monotonic() < end:
+            for process in left:
+                with suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGKILL)
+            for daemon in daemons:
+                daemon.poll()
+            time.sleep(0.05)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-def _start(words: list[str], slurm: Engine) -> None:
-    with (slurm.folder / f"{words[0]}-{words[-1]}.out".replace("/", "")).open("w") as out:
-        # Should pytest itself be killed, its daemons go with it.
-        subprocess.Popen(
+def idle(slurm: Engine) -> bool:
+    """Whether both nodes have nothing to do, the last job's rest included."""
+    try:
+        states = slurm("sinfo", "--noheader", "--Node", "--partition=main", "--format=%T")
+    except (RuntimeError, subprocess.TimeoutExpired):
+        return False  # the controller does not answer yet
+    return states.split() == ["idle", "idle"]
+
+
+def ours(folder: Path) -> list[int]:
+    """Processes of this engine, its jobs' included."""
+    mark, found = f"{MARK}={folder}".encode(), []
+    for place in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # has just ended
+            if mark in (place / "environ").read_bytes().split(b"\0"):
+                found.append(int(place.name))
+    return found
+
+
+def _start(slurm: Engine, *words: str) -> subprocess.Popen:
+    """A daemon that goes when pytest is killed."""
+    with (slurm.folder / f"{words[0]}.out").open("a") as out:
+        return subprocess.Popen(
             ["setpriv", "--pdeathsig", "KILL", *words],
             env=slurm.environ,
             stdin=subprocess.DEVNULL,
@@ -141,46 +161,6 @@ def _start(words: list[str], slurm: Engine) -> None:
             stderr=out,
             start_new_session=True,
         )
-
-
-def _idle(slurm: Engine) -> bool:
-    try:
-        return slurm("sinfo", "--noheader", "--Node", "--partition=main", "--format=%T").split() == ["idle", "idle"]
-    except (RuntimeError, subprocess.TimeoutExpired):
-        return False  # the controller does not answer yet
-
-
-def ours(folder: Path) -> list[int]:
-    """Processes of this engine, its jobs' included."""
-    mark, found = f"{MARK}={folder}\0".encode(), []
-    for place in Path("/proc").glob("[0-9]*"):
-        try:
-            if mark in (place / "environ").read_bytes() + b"\0":
-                found.append(int(place.name))
-        except OSError:
-            continue  # has just ended
-    return found
-
-
-def _end(slurm: Engine) -> None:
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        for process in ours(slurm.folder):
-            with _gone():
-                os.kill(process, number)
-        end = time.monotonic() + 5
-        while ours(slurm.folder) and time.monotonic() < end:
-            with _gone():
-                while os.waitpid(-1, os.WNOHANG)[0]:
-                    pass
-            time.sleep(0.05)
-
-
-@contextmanager
-def _gone() -> Iterator[None]:
-    try:
-        yield
-    except (ProcessLookupError, ChildProcessError):
-        pass
 
 
 def _ports() -> tuple[int, int, int]:

@@ -93,7 +93,7 @@ REFUSED = {
     "slurm --log-folder '' -- tcjax train x": "--log-folder '': takes a folder's path",
     "slurm --study -- tcjax train x": "--study takes `tcjax ablate STUDY ...` after --, got `tcjax train x`.",
     "slurm --runs 2 -- tcjax train x": "--runs 2 takes a whole number from 1 up and `tcjax ablate STUDY` after --",
-    "slurm --study -- no-such-program ablate x": "does not run here (No such file or directory): say how many runs it has with --runs N.",
+    "slurm --study -- no-such-program ablate x": "does not run here (No such file or directory): say how many",
     "slurm --study -- false ablate x": "`false ablate x --list` ended with 1: it printed nothing",
     "local --processes 0 -- tcjax train x": "local: processes 0 is below 1.",
     "local --submit -- no-such-program": "no-such-program does not start: No such file or directory.",
