@@ -70,7 +70,7 @@ def _train(*, steps: int, warmup: int, **changes) -> TrainConfig:
         b2=0.98,
         eps=1e-6,
         seed=42,
-        remat=True,
+        remat="full",
         compute="bfloat16",
         frozen="bfloat16",
         **changes,

@@ -40,7 +40,7 @@ def stage_one(size: str, compressor: object, name: str) -> Run:
         name=f"llava/pretrain-{name}",
         model=_model(size, compressor, "crop"),
         data=_data(size, PRETRAIN, templates.PLAIN, batch=256, text_length=256),
-        train=TrainConfig(steps=2_181, peak_lr=1e-3, remat=True, compute="bfloat16", frozen="bfloat16"),
+        train=TrainConfig(steps=2_181, peak_lr=1e-3, remat="full", compute="bfloat16", frozen="bfloat16"),
         mesh=MeshConfig(data=1, fsdp=-1),
     )
 
@@ -52,7 +52,7 @@ def stage_two(size: str, compressor: object, name: str, lora: LoraConfig = LoraC
         steps=5_198,
         trainable=("compressor", "llm"),
         peak_lr=2e-5,
-        remat=True,
+        remat="full",
         compute="bfloat16",
         frozen="bfloat16",
         weights={"compressor": f"runs/llava/pretrain-{name}/artifact"},
@@ -66,7 +66,7 @@ def stage_two(size: str, compressor: object, name: str, lora: LoraConfig = LoraC
             lora=lora,
             peak_lr=2e-4,
             lr_of={"compressor": 2e-5},
-            remat=True,
+            remat="full",
             compute="bfloat16",
             frozen="bfloat16",
             weights=train.weights,

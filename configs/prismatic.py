@@ -50,7 +50,7 @@ def run(num_queries: int = 64) -> Run:
             peak_lr=2e-5,
             weight_decay=0.1,
             seed=7,
-            remat=True,
+            remat="full",
             compute="bfloat16",
             frozen="bfloat16",
         ),

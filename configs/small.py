@@ -27,7 +27,7 @@ QUERIES = 64
 
 def run() -> Run:
     """Stage 1: 2,181 steps of 256 captions in 8 microbatches of 32 (hours not measured)."""
-    train = TrainConfig(steps=2_181, peak_lr=1e-3, accumulate=8, remat=True, compute="bfloat16", frozen="bfloat16")
+    train = TrainConfig(steps=2_181, peak_lr=1e-3, accumulate=8, remat="full", compute="bfloat16", frozen="bfloat16")
     return _run("pretrain", llms.qwen2_5_0_5b(QWEN), PRETRAIN, templates.QWEN, 256, 192, "rows", train)
 
 
@@ -40,7 +40,7 @@ def finetune() -> Run:
         peak_lr=2e-4,
         lr_of={"compressor": 2e-5},
         accumulate=16,
-        remat=True,
+        remat="full",
         compute="bfloat16",
         frozen="bfloat16",
         weights={"compressor": "runs/small/pretrain/artifact"},
@@ -51,7 +51,7 @@ def finetune() -> Run:
 def smollm() -> Run:
     """Stage 1 with SmolLM2-135M-Instruct; it has no image token, so <|endoftext|> holds the images' places (hours not
     measured)."""
-    train = TrainConfig(steps=2_181, peak_lr=1e-3, accumulate=4, remat=True, compute="bfloat16", frozen="bfloat16")
+    train = TrainConfig(steps=2_181, peak_lr=1e-3, accumulate=4, remat="full", compute="bfloat16", frozen="bfloat16")
     return _run("smollm", llms.smollm2_135m(SMOLLM), PRETRAIN, templates.CHATML, 256, 192, "rows", train)
 
 

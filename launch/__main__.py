@@ -69,7 +69,9 @@ def launched(words: list[str]) -> int:
     command = tuple(words[end + 1 :])
     module = importlib.import_module(f"launch.{route}")
     asked = parser(route, module).parse_args(words[1:end])
-    changes = {name: value for name in module.FLAGS.values() if (value := getattr(asked, f"profile_{name}")) is not None}
+    changes = {
+        name: value for name in module.FLAGS.values() if (value := getattr(asked, f"profile_{name}")) is not None
+    }
     profile = load_profile(module.Profile, route, asked.profile, changes)
     job = job_of(asked, command)
     if asked.submit:

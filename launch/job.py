@@ -29,6 +29,14 @@ from typing import Any
 
 PROFILES = Path(__file__).parent / "profiles"
 NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?")
+WORDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a text",
+    tuple: "a list",
+    dict: "a table",
+}
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
@@ -127,9 +135,7 @@ def load_profile(kind: type, route: str, name: str = "", changes: Mapping[str, A
     if unknown:
         raise LaunchError(f"profile {name}: [{route}] has no field {', '.join(unknown)}; choose of {', '.join(hints)}.")
     values = {key: _fitted(value, hints[key], f"profile {name}: {key}") for key, value in facts.items()}
-    values |= {
-        key: _fitted(value, hints[key], f"--{key.replace('_', '-')}") for key, value in (changes or {}).items()
-    }
+    values |= {key: _fitted(value, hints[key], f"--{key.replace('_', '-')}") for key, value in (changes or {}).items()}
     lacking = [each.name for each in dataclasses.fields(kind) if _required(each) and each.name not in values]
     if lacking:
         raise LaunchError(f"{route} needs {', '.join(lacking)}: give a --profile or the flag of that name.")
@@ -189,5 +195,4 @@ def _fitted(value: Any, hint: Any, what: str) -> Any:
     if origin is dict and isinstance(value, dict):
         item = typing.get_args(hint)[1]
         return {key: _fitted(word, item, what) for key, word in value.items()}
-    named = getattr(hint, "__name__", str(hint)) if origin is hint else str(hint)
-    raise LaunchError(f"{what} {value!r}: takes a {named}.")
+    raise LaunchError(f"{what} {value!r}: takes {WORDS[origin]}.")

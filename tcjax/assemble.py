@@ -9,7 +9,6 @@ table). A part started by `TrainConfig.weights` is read under our own leaf paths
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ from tcjax.nn import lora as low_rank
 from tcjax.nn import quantised
 from tcjax.nn.draw import drawn
 from tcjax.record import IS, to_dict
-from tcjax.sharding import gathered, make_mesh, shardings, spec
+from tcjax.sharding import make_mesh, shardings, spec
 from tcjax.towers import layouts
 from tcjax.towers import published as published_towers
 from tcjax.towers.dual import Dual
@@ -256,9 +255,7 @@ def _quantised(kernel: jax.Array, axes: str, kind: str, mesh: Mesh) -> quantised
     """The kernel in `kind` on the same devices; the kernel itself is let go."""
     quantise = partial(quantised.quantise, kind=kind)
     where = jax.tree.map(lambda x: NamedSharding(mesh, spec(axes, x.shape, mesh)), jax.eval_shape(quantise, kernel))
-    made = jax.jit(quantise, out_shardings=where)(kernel)
-    codes, scale = (gathered(axes[1:], array.shape[1:], mesh) for array in (made.codes, made.scale))
-    return replace(made, gathered=(codes, scale))
+    return jax.jit(quantise, out_shardings=where)(kernel)
 
 
 def _hash(path: Path, root: Path) -> str:

@@ -37,7 +37,8 @@ class Ablate:
 
     study: folder with study.py. queries, compressors: comma-separated; seeds: how many; steps: of every training. Left
     out, the study decides.
-    out: where rows and runs go (default: runs/<study> in the project).
+    out: where rows and runs go (default: runs/<study> in the project). run: only the study's run of this number, from 1, as
+    a job of its own; several may go on at the same time. list: print the runs' names, one per line, and train nothing.
     """
 
     study: Positional[Path]
@@ -47,6 +48,8 @@ class Ablate:
     steps: int = 0
     out: Path | None = None
     quiet: bool = False
+    run: int | None = None
+    list: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +161,7 @@ def _train(arguments: list[str]) -> int:
 def _ablate(arguments: list[str]) -> int:
     asked = parse(Ablate, arguments)
 
-    from tcjax.study.ablate import Choice, ablate
+    from tcjax.study.ablate import Choice, ablate, study_runs
 
     for flag, value in (("--seeds", asked.seeds), ("--steps", asked.steps)):
         if value < 0:
@@ -169,7 +172,12 @@ def _ablate(arguments: list[str]) -> int:
         seeds=asked.seeds or None,
         steps=asked.steps or None,
     )
-    print(ablate(asked.study, choice, out=asked.out, quiet=asked.quiet))
+    if asked.list:
+        print(*(run.name for run in study_runs(asked.study, choice)[0]), sep="\n")
+        return 0
+    if asked.run == 0:
+        raise ValueError("--run 0: a study's runs count from 1; left out, all of them are run.")
+    print(ablate(asked.study, choice, only=asked.run or 0, out=asked.out, quiet=asked.quiet))
     return 0
 
 

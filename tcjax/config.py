@@ -201,8 +201,9 @@ class TrainConfig:
     lora: updates of low rank beside the LLM's layers.
     lr_of: peak learning rates of parts that do not learn at `peak_lr`; they rise and fall alike, so that such a part ends
         at end_lr * its peak / peak_lr.
-    remat: the LLM's blocks are computed again in the backward pass instead of kept (gradient checkpointing): a third more
-        work, and memory for one block instead of all.
+    remat: what the backward pass finds of the LLM's blocks (gradient checkpointing): "none" leaves everything there; "full"
+        computes them again, a third more work, and memory for one block instead of all; "save-attention" keeps what
+        attention gave; "offload" is "full" with what goes from block to block in the host's memory.
     warmup: share of the steps. accumulate: microbatches per step; their sum is one step over the global batch.
     compute: "float32" or "bfloat16"; master weights, moments and the loss stay float32.
     frozen: how the weights of a frozen tower and LLM lie in memory. "float32"; "bfloat16"; or "int8" and "nf4", the kernels
@@ -228,7 +229,7 @@ class TrainConfig:
     eps: float = 1e-8
     seed: int = 0
     accumulate: int = 1
-    remat: bool = False
+    remat: str = "none"
     compute: str = "float32"
     frozen: str = "float32"
     weights: dict[str, str] = field(default_factory=dict)

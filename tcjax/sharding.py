@@ -3,17 +3,26 @@
 Mesh axes: data (replicas of everything), fsdp (batch and one weight axis), tensor (heads and feed-forward).
 A letter is sharded if its size divides; a mesh axis is used once per array, by the leftmost letter that wants it.
 AxisType.Auto is stated: explicit meshes refuse an fsdp matmul whose batch and weight share a mesh axis.
+
+    where an array lies       weights in shares over fsdp and tensor           `shardings`, `place`
+    where it is used          weights whole but for tensor, rows apart         `whole`, `constrain`, below `on(mesh)`
+
+The second line is what makes it FSDP (Rajbhandari et al. 2020, "ZeRO", stage 3): left to itself XLA's partitioner keeps
+the weights in shares and sums activations of the whole global batch instead. Slices of TPUs that are joined by a data
+centre's network (DCN) are laid along data, so that only gradients of what learns and the loss go between them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from tcjax.config import MeshConfig
@@ -28,6 +37,7 @@ RULES = {
     "F": ("tensor",),
     "V": ("tensor",),
 }
+_MOVING = "BEFIV"  # letters by which activations are split where they are used
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
@@ -44,7 +54,27 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
             f"{config} does not multiply to the {len(devices)} devices of this process group; "
             f"sizes must divide {len(devices)}, and one may be -1."
         )
-    return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    return _laid(sizes, devices)
+
+
+def _laid(sizes: list[int], devices: Sequence[Any]) -> Mesh:
+    slices, auto = num_slices(devices), (AxisType.Auto,) * 3
+    if slices == 1:
+        return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=auto, devices=devices)
+    data, fsdp, tensor = sizes
+    if data % slices:
+        raise ValueError(
+            f"data={data} must be a multiple of the {slices} slices: only data goes between them, and fsdp={fsdp} times "
+            f"tensor={tensor} must fit one slice of {len(devices) // slices} devices."
+        )
+    within = (data // slices, fsdp, tensor)
+    laid = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices=devices, allow_split_physical_axes=True)
+    return Mesh(laid, MESH_AXES, axis_types=auto)
+
+
+def num_slices(devices: Sequence[Any]) -> int:
+    """TPU slices that these devices belong to; anything else is one."""
+    return len({getattr(device, "slice_index", None) or 0 for device in devices})
 
 
 def spec(axes: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
@@ -77,10 +107,66 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(one, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 
 
-def gathered(axes: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
-    """How a weight lies where it is used: whole, but for the heads and feed-forward that each device computes itself."""
-    own = [entry if entry == "tensor" else None for entry in spec(axes, shape, mesh)]
-    return NamedSharding(mesh, PartitionSpec(*own))
+@contextmanager
+def on(mesh: Mesh) -> Iterator[None]:
+    """While a program for `mesh` is traced: `constrain` and `whole` know it, and so does tcjax.nn.attention."""
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        yield
+
+
+def constrain(x: jax.Array, axes: str) -> jax.Array:
+    """An activation with its rows (B) over data and fsdp and its heads or inner widths over tensor; letters without a rule,
+    and D, are whole. Outside `on`, x as it is."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    moving = "".join(letter if letter in _MOVING else "." for letter in axes)
+    return jax.lax.with_sharding_constraint(x, spec(moving, x.shape, mesh))
+
+
+def rows_apart(tree: Any) -> Any:
+    """Every array of a tree by its leading axis, B."""
+    return jax.tree.map(lambda x: constrain(x, "B" + "." * (x.ndim - 1)), tree)
+
+
+def whole(weights: Any, axes: str) -> Any:
+    """A weight as it is used: every device's own share of heads and feed-forward, all else gathered. Outside `on`, as it is.
+
+    Codes and scale of a quantised one are gathered each, before anyone makes floats of them.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return weights
+
+    def one(array: jax.Array) -> jax.Array:
+        own = (entry if entry == "tensor" else None for entry in spec(axes, array.shape, mesh))
+        return jax.lax.with_sharding_constraint(array, PartitionSpec(*own))
+
+    return jax.tree.map(one, weights)
+
+
+def gathers() -> bool:
+    """Whether `whole` has anything to gather on the current mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and mesh.shape["fsdp"] > 1
+
+
+def whole_now(tree: Any) -> Any:
+    """`whole` for the nnx Variables of a model, but for stacks of layers (L), gathered when it is their turn, and
+    vocabularies (V), gathered by whoever reads them."""
+    return _each(tree, lambda value, axes: value if axes[:1] in ("L", "V") else whole(value, axes))
+
+
+def whole_vectors(layer: Any) -> Any:
+    """`whole` for the vectors of one layer of a stack; its matrices are gathered where something is multiplied with them."""
+    return _each(layer, lambda value, axes: whole(value, axes[1:]) if len(axes) == 2 else value)
+
+
+def _each(tree: Any, change: Callable[[Any, str], Any]) -> Any:
+    def one(leaf: nnx.Variable) -> nnx.Variable:
+        return leaf.replace(change(leaf.get_value(), leaf.get_metadata("axes")))
+
+    return jax.tree.map(one, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 
 
 def place(tree: Any, mesh: Mesh) -> Any:

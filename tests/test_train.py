@@ -48,6 +48,7 @@ def on_one_device():
     [
         (MeshConfig(data=8), 1),
         (MeshConfig(data=2, fsdp=4), 1),
+        (MeshConfig(data=1, fsdp=8), 1),
         (MeshConfig(data=2, fsdp=2, tensor=2), 1),
         (MeshConfig(data=4, tensor=2), 2),
         (MeshConfig(data=1, fsdp=1, tensor=8), 8),

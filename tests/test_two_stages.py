@@ -53,7 +53,7 @@ def run() -> Run:
             batching="packed",
             images=3,
         ),
-        train=TrainConfig(steps=3, compute="bfloat16", frozen="bfloat16", remat=True),
+        train=TrainConfig(steps=3, compute="bfloat16", frozen="bfloat16", remat="full"),
     )
 
 

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.nn import initializers
 
 from tcjax.interop.lines import linear
@@ -27,6 +28,7 @@ from tcjax.nn import layers
 from tcjax.nn.attention import attend, attend_causally
 from tcjax.nn.dense import dense
 from tcjax.nn.norm import RMSNorm
+from tcjax.sharding import constrain, whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +91,7 @@ class Decoder(nnx.Module):
     """cfg: the numbers it was built from."""
 
     def __init__(self, cfg: LlmConfig, *, rngs: nnx.Rngs):
-        self.cfg, self.remat = cfg, False  # `tcjax.train.state.recompute` switches
+        self.cfg, self.remat = cfg, "none"  # `tcjax.train.state.recompute` switches
         # 1 / sqrt(D), not Llama's 0.02 (which is that at D = 2500): a tied head then starts with logits of about 1, and
         # what a word is does not drown in the first block's output.
         rows = initializers.normal(cfg.width**-0.5)
@@ -101,7 +103,7 @@ class Decoder(nnx.Module):
 
     def embed(self, tokens_BS: jax.Array) -> jax.Array:
         """seq_BSD of text ids."""
-        return jnp.take(self.embedding[...], tokens_BS, axis=0)
+        return constrain(jnp.take(self.embedding[...], tokens_BS, axis=0), "BSD")
 
     def __call__(
         self, seq_BSD: jax.Array, valid_BS: jax.Array | None = None, segment_BS: jax.Array | None = None
@@ -123,7 +125,7 @@ class Decoder(nnx.Module):
     @property
     def table_VD(self) -> jax.Array:
         """The head's rows: hidden_BSD @ table_VD.T are the logits."""
-        return self.embedding[...] if self.cfg.tie else self.head[...]
+        return whole(self.embedding[...] if self.cfg.tie else self.head[...], "VD")
 
     def prefill(self, seq_BSD: jax.Array, valid_BS: jax.Array | None, room: int) -> tuple[jax.Array, Cache]:
         """hidden_BSD of a whole prompt, padded on the left, and a cache with `room` more positions (M = S + room)."""
@@ -252,6 +254,7 @@ class Attention(nnx.Module):
         if self.qk_norm:
             query_BSKA, key_BSJA = self.query_norm(query_BSKA), self.key_norm(key_BSJA)
         mixed_BSKA, kept = look(rotate(query_BSKA, turn), rotate(key_BSJA, turn), value_BSJA)
+        mixed_BSKA = checkpoint_name(mixed_BSKA, layers.ATTENTION)
         return self.out(mixed_BSKA.reshape(B, S, -1)), kept
 
 

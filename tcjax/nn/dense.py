@@ -10,6 +10,7 @@ from flax import nnx
 from jax.nn import initializers
 
 from tcjax.nn.quantised import Quantised
+from tcjax.sharding import gathers, whole
 
 small_normal = initializers.normal(0.02)  # embeddings; the resamplers' trunc_normal_(.02) is this too
 # N(0, 1/fan_in). Llama's and CLIP's 0.02 is this at width 2500; at width 100 it would start every attention uniform.
@@ -29,8 +30,8 @@ class Dense(nnx.Linear):
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
         kernel = self.kernel.get_value()
-        if isinstance(kernel, Quantised):
-            out = _times(inputs, kernel)
+        if isinstance(kernel, Quantised) or gathers():
+            out = _gathered_times(inputs, kernel, self.axes)
             out = out if self.bias is None else out + self.bias[...].astype(out.dtype)
         else:
             out = super().__call__(inputs)
@@ -61,9 +62,15 @@ def dense(
     return layer
 
 
-@jax.checkpoint  # what is kept for the backward pass are the codes, not the floats made of them
-def _times(x: jax.Array, kernel: Quantised) -> jax.Array:
-    return rows(x, kernel.whole(x.dtype))
+def _gathered_times(x: jax.Array, kernel: jax.Array | Quantised, axes: str) -> jax.Array:
+    """x @ kernel; what is kept for the backward pass is this device's share of the kernel, and codes, not their floats."""
+
+    @jax.checkpoint
+    def times(x: jax.Array, kernel: jax.Array | Quantised) -> jax.Array:
+        used = whole(kernel, axes)
+        return rows(x, used.whole(x.dtype) if isinstance(used, Quantised) else used)
+
+    return times(x, kernel)
 
 
 def rows(x: jax.Array, kernel: jax.Array, **options: Any) -> jax.Array:

@@ -19,6 +19,7 @@ from flax import nnx
 
 from tcjax.config import LoraConfig
 from tcjax.nn.dense import Dense, rows
+from tcjax.sharding import whole
 
 PART = "lora"  # the name of what learns, in paths and in `TrainConfig.trainable`
 
@@ -35,7 +36,8 @@ class Lora(nnx.Module):
         self.b = nnx.Param(jnp.zeros((*stack, U, layer.out_features)), axes=f"{lead}U{of_out}")
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.scale * rows(rows(x, self.a[...]), self.b[...])
+        a, b = (whole(leaf[...], leaf.get_metadata("axes").removeprefix("L")) for leaf in (self.a, self.b))
+        return self.scale * rows(rows(x, a), b)
 
 
 def attach(model: nnx.Module, stack: tuple[int, ...], config: LoraConfig, rngs: nnx.Rngs) -> None:

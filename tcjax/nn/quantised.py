@@ -4,8 +4,8 @@
     nf4     kernel_CE ~ table[codes_CE] * scale   one scale per output and tile of 64 inputs; 0.28 of bfloat16's bytes
 
 Codes and scales are qwix's (github.com/google/qwix; nf4: Dettmers et al. 2023, QLoRA); two codes of 4 bits share a byte.
-A product makes floats of the codes for its own duration only, and again in the backward pass. Under fsdp XLA would make
-floats first and gather those: the codes are asked to be whole before anything is done to them, so that they travel.
+A product makes floats of the codes for its own duration only, and again in the backward pass. Under fsdp it is the codes
+that are gathered (tcjax.nn.dense): XLA by itself would make floats first and gather those.
 Departures from QLoRA: the scales are float32 and not quantised themselves.
 """
 
@@ -23,19 +23,18 @@ TYPES = ("int8", "nf4")
 TILE = 64
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=("codes", "scale"), meta_fields=("kind", "gathered"))
+@partial(jax.tree_util.register_dataclass, data_fields=("codes", "scale"), meta_fields=("kind",))
 @dataclass(frozen=True)
 class Quantised:
     """What a Variable holds instead of an array [..., in, out].
 
     codes: int8 [..., in, out], or for nf4 uint8 [..., in / 2, out]. scale: float32 [..., tiles, out].
-    kind: one of TYPES. gathered: how codes and scale of one layer lie where they are used; None leaves it to XLA.
+    kind: one of TYPES.
     """
 
     codes: jax.Array
     scale: jax.Array
     kind: str
-    gathered: tuple[jax.sharding.Sharding, jax.sharding.Sharding] | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -48,13 +47,11 @@ class Quantised:
         return math.prod(self.shape)
 
     def whole(self, dtype: Any) -> jax.Array:
-        """The array that it stands for, on every device that needs it."""
-        qwix, codes, scale = _qwix(), self.codes, self.scale
-        if self.gathered is not None:
-            codes, scale = jax.lax.with_sharding_constraint((codes, scale), self.gathered)
+        """The array that it stands for."""
+        qwix, codes = _qwix(), self.codes
         if self.kind == "nf4":
             codes = jnp.stack([codes & 15, codes >> 4], axis=-2).reshape(self.shape).astype(jnp.uint4)
-        return qwix.dequantize(qwix.QArray(codes, scale, qtype=_qtype(self.kind))).astype(dtype)
+        return qwix.dequantize(qwix.QArray(codes, self.scale, qtype=_qtype(self.kind))).astype(dtype)
 
     def __array__(self, *_: Any, **__: Any) -> Any:
         raise ValueError(

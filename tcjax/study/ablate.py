@@ -63,15 +63,21 @@ def study_runs(folder: Path, choice: Choice) -> tuple[list[Run], Path]:
     return runs, root
 
 
-def ablate(folder: Path, choice: Choice, *, out: Path | None = None, quiet: bool = False) -> Path:
-    """Run what is not finished yet; return the study's output folder."""
+def ablate(folder: Path, choice: Choice, *, only: int = 0, out: Path | None = None, quiet: bool = False) -> Path:
+    """Run what is not finished yet; return the study's output folder. only: one run's number, from 1; 0 is all of them."""
     runs, root = study_runs(folder, choice)
+    if not 0 <= only <= len(runs):
+        names = [f"{number} {run.name}" for number, run in enumerate(runs, 1)]
+        more = "" if len(runs) <= 12 else f", ... ({folder} --list names them all)"
+        raise ValueError(f"--run {only}: {folder} has {len(runs)} runs: {', '.join(names[:12])}{more}.")
     for run in runs:
         run.model.num_queries  # noqa: B018  # pyright: ignore  an impossible Q is said before hours of other runs
     study = out or root / "runs" / folder.resolve().name
     console = Console(stderr=True, quiet=quiet)
     done, begun = {row["fingerprint"]: row for row in rows.read(study)[0]}, time.perf_counter()
     for number, run in enumerate(runs, 1):
+        if only not in (0, number):
+            continue
         mark, place = fingerprint(run, root), study / run.name.rpartition("/")[2]
         head = f"[{number}/{len(runs)}] {run.name}"
         if mark in done:

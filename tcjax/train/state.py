@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from tcjax.nn.layers import REMATS
 from tcjax.nn.lora import PART, is_lora
 from tcjax.nn.quantised import is_quantised
 
@@ -65,10 +66,12 @@ def compute_dtype(name: str) -> Any:
     return COMPUTE[name]
 
 
-def recompute(model: Any, remat: bool) -> None:
-    """In place: whether the LLM's blocks are computed again in the backward pass. ValueError if there is no LLM."""
-    if remat and not hasattr(model, "llm"):
-        raise ValueError(f"train.remat is about an LLM, and {type(model).__name__} has none.")
+def recompute(model: Any, remat: str) -> None:
+    """In place: what of the LLM's blocks is kept for the backward pass. ValueError for an unknown policy or no LLM."""
+    if remat not in REMATS:
+        raise ValueError(f"train.remat={remat!r} is not one of {list(REMATS)}.")
+    if remat != "none" and not hasattr(model, "llm"):
+        raise ValueError(f"train.remat={remat!r} is about an LLM, and {type(model).__name__} has none.")
     if hasattr(model, "llm"):
         model.llm.remat = remat
 

@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tcjax.batch import Batch
 from tcjax.loss import Terms
-from tcjax.sharding import shardings
+from tcjax.sharding import on, rows_apart, shardings, whole_now
 from tcjax.train.state import State, cast
 
 
@@ -53,8 +53,9 @@ def make_step(
     """
 
     def total(trainable: Any, frozen: Any, batch: Batch, key: Any, progress: Any) -> tuple[jax.Array, Terms]:
-        model = nnx.merge(graphdef, cast(trainable, dtype), cast(frozen, dtype))
-        terms = model.loss_terms(cast(batch, dtype), key, progress)
+        trainable, frozen = (whole_now(cast(tree, dtype)) for tree in (trainable, frozen))
+        model = nnx.merge(graphdef, trainable, frozen)
+        terms = model.loss_terms(rows_apart(cast(batch, dtype)), key, progress)
         return terms.total, terms
 
     def step(state: State, frozen: Any, batch: Batch, number: Any) -> tuple[State, Metrics]:
@@ -75,7 +76,14 @@ def make_step(
 
 def jit_step(step: Callable, state: State, mesh: Mesh) -> Any:
     """The step compiled for these shardings, its state donated. What comes out lies as what went in: one compile."""
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings(state, mesh), NamedSharding(mesh, PartitionSpec())))
+
+    def on_mesh(*args: Any) -> Any:
+        with on(mesh):
+            return step(*args)
+
+    return jax.jit(
+        on_mesh, donate_argnums=0, out_shardings=(shardings(state, mesh), NamedSharding(mesh, PartitionSpec()))
+    )
 
 
 def _accumulated(gradient: Callable, trainable: Any, frozen: Any, batch: Batch, num: int) -> tuple[Any, Terms]:
