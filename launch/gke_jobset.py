@@ -74,7 +74,9 @@ class Profile:
         if self.slices < 1:
             raise LaunchError(f"slices {self.slices}: takes a whole number from 1 up.")
         if self.slices > 1 and isinstance(slices.parse(self.accelerator), slices.Gpus):
-            raise LaunchError(f"slices {self.slices} of {self.accelerator}: slices are TPUs'; write more hosts, as in h100:4x8.")
+            raise LaunchError(
+                f"slices {self.slices} of {self.accelerator}: slices are TPUs'; write more hosts, as in h100:4x8."
+            )
         if self.ttl < 0:
             raise LaunchError(f"ttl {self.ttl}: takes seconds from 0 up.")
         if not self.image or any(letter.isspace() for letter in self.image):

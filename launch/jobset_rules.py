@@ -14,7 +14,9 @@ from launch import mesh, slices
 from launch.forward import RESTART_CODES, SCRIPT
 from launch.job import LaunchError
 
-ACCELERATOR, TOPOLOGY, GPU = (f"cloud.google.com/gke-{name}" for name in ("tpu-accelerator", "tpu-topology", "accelerator"))
+ACCELERATOR, TOPOLOGY, GPU = (
+    f"cloud.google.com/gke-{name}" for name in ("tpu-accelerator", "tpu-topology", "accelerator")
+)
 EXCLUSIVE = "alpha.jobset.sigs.k8s.io/exclusive-topology"
 NODEPOOL = "cloud.google.com/gke-nodepool"
 CHIPS = {"google.com/tpu": "chips", "nvidia.com/gpu": "GPUs"}

@@ -135,7 +135,9 @@ class Slice:
     def accelerator_type(self) -> str:
         """As queued resources name it: v5e:4x4 is v5litepod-16, v5p:2x2x1 is v5p-8."""
         if not self.facts.type_name:
-            raise LaunchError(f"{self.generation} is had on GKE alone, not as queued resources: use the route gke_jobset.")
+            raise LaunchError(
+                f"{self.generation} is had on GKE alone, not as queued resources: use the route gke_jobset."
+            )
         return f"{self.facts.type_name}-{self.chips * self.facts.cores}"
 
     @property

@@ -23,11 +23,27 @@ STUDY = Job(name="num-queries", command=("tcjax", "ablate", "experiments/num_que
 CASES = {
     "gke-v5e-16": (JOB, dict(accelerator="v5e:4x4", volumes=VOLUMES, service_account="tcjax", secret="wandb")),
     "gke-v5e-256x2": (
-        Job(name="llava-7b", command=(*TRAIN, "--mesh.data=2", "--mesh.fsdp=256"), grace=300, save_seconds=200, restarts=50),
-        dict(accelerator="v5e:16x16", slices=2, queue="tpus", priority="high", restart_strategy="BlockingRecreate", spot=True),
+        Job(
+            name="llava-7b",
+            command=(*TRAIN, "--mesh.data=2", "--mesh.fsdp=256"),
+            grace=300,
+            save_seconds=200,
+            restarts=50,
+        ),
+        dict(
+            accelerator="v5e:16x16",
+            slices=2,
+            queue="tpus",
+            priority="high",
+            restart_strategy="BlockingRecreate",
+            spot=True,
+        ),
     ),
     "gke-v5p-64": (Job(name="LLaVA-7B", command=TRAIN), dict(accelerator="v5p:4x4x4", reservation="ours", shm="64Gi")),
-    "gke-v6e-256": (Job(name="llava-7b", command=TRAIN), dict(accelerator="v6e:16x16", memory="300Gi", cpu="100", ttl=600)),
+    "gke-v6e-256": (
+        Job(name="llava-7b", command=TRAIN),
+        dict(accelerator="v6e:16x16", memory="300Gi", cpu="100", ttl=600),
+    ),
     "gke-tpu7x-8": (
         Job(name="llava-7b", command=(*TRAIN, "--mesh.fsdp", "16", "--mesh.data=1", "--mesh.tensor=1")),
         dict(accelerator="tpu7x:2x2x2", node_selector={"cloud.google.com/placement-policy-name": "ours"}),
@@ -91,7 +107,10 @@ WRONG_BY_THE_API = {  # where: what is written there
     "a wrong type": (CHILD, {"parallelism": "4"}),
     "a number as a variable's value": ((*TRAINER, "env", 0), {"value": 1}),
     "a bad enumeration of the pod": (POD, {"dnsPolicy": "ClusterFirstWithHostnet"}),
-    "a bad enumeration of the exit codes": ((*CHILD, "podFailurePolicy", "rules", 0, "onExitCodes"), {"operator": "Not"}),
+    "a bad enumeration of the exit codes": (
+        (*CHILD, "podFailurePolicy", "rules", 0, "onExitCodes"),
+        {"operator": "Not"},
+    ),
 }
 
 
@@ -137,13 +156,33 @@ def test_every_run_of_a_study_is_a_jobset_of_its_own():
 
 BROKEN = {  # what is broken: (golden case, where, what is written there, what is said)
     "two replicated jobs": ("gke-v5e-16", ("spec",), {"replicatedJobs": [{}, {}]}, "2 replicated jobs"),
-    "hosts": ("gke-v5e-16", CHILD, {"parallelism": 2, "completions": 2}, "2 hosts of 4 chips are 8, but v5e:4x4 is 16 chips"),
+    "hosts": (
+        "gke-v5e-16",
+        CHILD,
+        {"parallelism": 2, "completions": 2},
+        "2 hosts of 4 chips are 8, but v5e:4x4 is 16 chips",
+    ),
     "completions": ("gke-v5e-16", CHILD, {"completions": 1}, "completions 1 is not parallelism 4"),
     "chips": ("gke-v5e-16", (*TRAINER, "resources"), {"limits": {"google.com/tpu": 8}}, "4 hosts of 8 chips are 32"),
-    "no chips": ("gke-v5e-16", (*TRAINER, "resources"), {"limits": {}}, "must name one of google.com/tpu, nvidia.com/gpu"),
-    "topology": ("gke-v5e-16", (*POD, "nodeSelector"), {jobset_rules.TOPOLOGY: "4x8"}, "v5e:4x8 is 32 chips on 8 hosts of 4"),
+    "no chips": (
+        "gke-v5e-16",
+        (*TRAINER, "resources"),
+        {"limits": {}},
+        "must name one of google.com/tpu, nvidia.com/gpu",
+    ),
+    "topology": (
+        "gke-v5e-16",
+        (*POD, "nodeSelector"),
+        {jobset_rules.TOPOLOGY: "4x8"},
+        "v5e:4x8 is 32 chips on 8 hosts of 4",
+    ),
     "pair": ("gke-v5e-16", (*POD, "nodeSelector"), {jobset_rules.TOPOLOGY: "2x2x4"}, "do not fit: .*no slice of v5e"),
-    "selector": ("gke-v5e-16", (*POD, "nodeSelector"), {jobset_rules.ACCELERATOR: "tpu-v5e"}, "known: tpu-v4-podslice, tpu-v5"),
+    "selector": (
+        "gke-v5e-16",
+        (*POD, "nodeSelector"),
+        {jobset_rules.ACCELERATOR: "tpu-v5e"},
+        "known: tpu-v4-podslice, tpu-v5",
+    ),
     "gpu": ("gke-h100-2x8", (*POD, "nodeSelector"), {jobset_rules.GPU: "h100"}, "known: nvidia-tesla-a100"),
     "gpu replicas": ("gke-h100-2x8", REPLICATED, {"replicas": 2}, "2 replicas of GPU nodes"),
     "exclusive": ("gke-v5e-16", ("metadata",), {"annotations": {}}, "slices would share node pools"),
@@ -156,7 +195,12 @@ BROKEN = {  # what is broken: (golden case, where, what is written there, what i
         "is a mesh of 256, but the job has 512 devices",
     ),
     "ironwood": ("gke-tpu7x-8", TRAINER, {"args": ["--mesh.fsdp", "32"]}, "does not divide the 16, but .* 16 devices"),
-    "data of slices": ("gke-v5e-256x2", TRAINER, {"args": ["--mesh.data", "1"]}, "data is 1, which 2 slices cannot share"),
+    "data of slices": (
+        "gke-v5e-256x2",
+        TRAINER,
+        {"args": ["--mesh.data", "1"]},
+        "data is 1, which 2 slices cannot share",
+    ),
     "rest of slices": (
         "gke-v5e-256x2",
         TRAINER,
@@ -169,20 +213,40 @@ BROKEN = {  # what is broken: (golden case, where, what is written there, what i
         {"name": "other"},
         "'llava-7b-node-0-0.llava-7b:6002', not the first pod's, other-node-0-0.other:PORT",
     ),
-    "processes": ("gke-h100-2x8", CHILD, {"parallelism": 4, "completions": 4}, "JAX_NUM_PROCESSES is '2', not the 4 hosts"),
+    "processes": (
+        "gke-h100-2x8",
+        CHILD,
+        {"parallelism": 4, "completions": 4},
+        "JAX_NUM_PROCESSES is '2', not the 4 hosts",
+    ),
     "no index": ("gke-h100-2x8", TRAINER, {"env": []}, "every pod would be the same process"),
     "capital": ("gke-v5e-16", ("metadata",), {"name": "LLaVA"}, "small letters, digits and '-', a letter first"),
     "digit first": ("gke-v5e-16", ("metadata",), {"name": "7b"}, "a letter first"),
     "long name": ("gke-v5e-16", ("metadata",), {"name": "a" * 48}, "has 48 characters.*at most 47"),
     "grace": ("gke-v5e-16", POD, {"terminationGracePeriodSeconds": 30}, "30 is shorter than the 60 seconds of a save"),
-    "forwarding": ("gke-v5e-16", TRAINER, {"command": ["bash", "-c", '"$@"', "bash"]}, "SIGTERM or its exit code would be lost"),
+    "forwarding": (
+        "gke-v5e-16",
+        TRAINER,
+        {"command": ["bash", "-c", '"$@"', "bash"]},
+        "SIGTERM or its exit code would be lost",
+    ),
     "restart policy": ("gke-v5e-16", POD, {"restartPolicy": "OnFailure"}, "exit codes are read with Never alone"),
     "backoff": ("gke-v5e-16", CHILD, {"backoffLimit": 3}, "backoffLimit 3"),
     "exit codes": ("gke-v5e-16", (*CHILD, "podFailurePolicy"), {"rules": []}, "on every exit code but 42 and 128-255"),
     "failure": ("gke-v5e-16", ("spec", "failurePolicy"), {"rules": []}, "would restart forever"),
     "restarts": ("gke-v5e-16", ("spec", "failurePolicy"), {"maxRestarts": -1}, "maxRestarts -1 is negative"),
-    "strategy": ("gke-v5e-16", ("spec", "failurePolicy"), {"restartStrategy": "Again"}, "choose of Recreate, BlockingRecreate"),
-    "in place": ("gke-v5e-16", ("spec", "failurePolicy"), {"restartStrategy": "InPlaceRestart"}, "needs another policy than"),
+    "strategy": (
+        "gke-v5e-16",
+        ("spec", "failurePolicy"),
+        {"restartStrategy": "Again"},
+        "choose of Recreate, BlockingRecreate",
+    ),
+    "in place": (
+        "gke-v5e-16",
+        ("spec", "failurePolicy"),
+        {"restartStrategy": "InPlaceRestart"},
+        "needs another policy than",
+    ),
     "dns": ("gke-v5e-16", POD, {"dnsPolicy": "ClusterFirst"}, "would not find each other by name"),
 }
 
@@ -202,7 +266,9 @@ def test_a_mesh_that_is_no_number_is_refused(words):
         mesh.asked(words.split())
 
 
-@pytest.mark.parametrize("words", ["", "--mesh.data -1", "--mesh.fsdp 8", "--mesh.data=4 --mesh.fsdp=4", "--mesh.tensor 16"])
+@pytest.mark.parametrize(
+    "words", ["", "--mesh.data -1", "--mesh.fsdp 8", "--mesh.data=4 --mesh.fsdp=4", "--mesh.tensor 16"]
+)
 def test_a_mesh_left_open_fits_what_it_divides(words):
     assert list(mesh.faults(words.split(), devices=16, replicas=1)) == []
 
@@ -219,7 +285,10 @@ PROFILES = {  # fields of a profile: what is said
     "ttl": (dict(ttl=-1), "takes seconds"),
     "strategy": (dict(restart_strategy="Never"), "choose of Recreate, BlockingRecreate"),
     "relative path": (dict(volumes={"runs": "pvc:runs"}), "an absolute path"),
-    "bucket's folder": (dict(volumes={"/runs": "gs://bucket/folder"}), "takes gs://BUCKET, pvc:CLAIM or nfs://SERVER/PATH"),
+    "bucket's folder": (
+        dict(volumes={"/runs": "gs://bucket/folder"}),
+        "takes gs://BUCKET, pvc:CLAIM or nfs://SERVER/PATH",
+    ),
     "unknown volume": (dict(volumes={"/runs": "s3://bucket"}), "takes gs://BUCKET"),
 }
 

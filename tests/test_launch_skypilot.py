@@ -15,12 +15,18 @@ TRAIN = ("tcjax", "train", "configs/llava.py:pretrain_7b")
 JOB = Job(name="LLaVA-7b", command=(*TRAIN, "--mesh.fsdp", "16"))
 
 CASES = {  # name of the golden text: (job, fields of the profile)
-    "sky-v6e-16": (JOB, dict(accelerator="v6e:4x4", infra="gcp", spot=True, mounts={"~/sky_workdir/runs": "gs://our-runs"})),
+    "sky-v6e-16": (
+        JOB,
+        dict(accelerator="v6e:4x4", infra="gcp", spot=True, mounts={"~/sky_workdir/runs": "gs://our-runs"}),
+    ),
     "sky-h100-2x8": (
         Job(name="llava-7b", command=(*TRAIN, "--mesh.data=16"), env={"NCCL_DEBUG": "WARN"}, restarts=3),
         dict(accelerator="h100:2x8", repository="https://github.com/you/tcjax", ref="v1", disk=500),
     ),
-    "sky-study": (Job(name="q", command=("tcjax", "ablate", "experiments/num_queries"), runs=2), dict(accelerator="l4:1")),
+    "sky-study": (
+        Job(name="q", command=("tcjax", "ablate", "experiments/num_queries"), runs=2),
+        dict(accelerator="l4:1"),
+    ),
 }
 
 
@@ -38,7 +44,9 @@ def ran(tmp_path, name, **env):
     """Output and exit code of a golden file's run script, `tcjax` printing what it was given."""
     program = tmp_path / ".venv/bin/tcjax"
     program.parent.mkdir(parents=True)
-    program.write_text('#!/bin/sh\necho "$@" "$JAX_COORDINATOR_ADDRESS" "$JAX_NUM_PROCESSES" "$JAX_PROCESS_ID"; exit 7\n')
+    program.write_text(
+        '#!/bin/sh\necho "$@" "$JAX_COORDINATOR_ADDRESS" "$JAX_NUM_PROCESSES" "$JAX_PROCESS_ID"; exit 7\n'
+    )
     program.chmod(0o755)
     job, changes = CASES[name]
     script = pyyaml.safe_load(skypilot.text(job, skypilot.Profile(**changes)))["run"]
@@ -74,7 +82,10 @@ def test_submit_launches_one_managed_job_per_run(tmp_path, monkeypatch):
 
 REFUSED = {  # fields of a profile: what is said
     "ironwood": (dict(accelerator="tpu7x:2x2x1"), "on GKE alone"),
-    "shape": (dict(accelerator="v5p:4x4x32"), "SkyPilot asks for v5p-1024, which is another shape; use the route tpu_vm"),
+    "shape": (
+        dict(accelerator="v5p:4x4x32"),
+        "SkyPilot asks for v5p-1024, which is another shape; use the route tpu_vm",
+    ),
     "ref": (dict(accelerator="h100:8", ref="main"), "needs a repository"),
     "mounts": (dict(accelerator="h100:8", mounts={"~/runs": "bucket"}), "takes a bucket's address"),
     "mesh": (dict(accelerator="h100:8"), "--mesh.fsdp 16 does not divide the 8"),

@@ -28,7 +28,7 @@ def test_ironwood_has_two_devices_a_chip_and_is_had_on_gke_alone():
     got = slices.parse("tpu7x:2x2x2")
     assert (got.chips, got.hosts, got.devices, got.machine) == (8, 2, 16, "tpu7x-standard-4t")
     with pytest.raises(LaunchError, match="on GKE alone"):
-        got.accelerator_type
+        assert got.accelerator_type
 
 
 def test_gpus_are_hosts_times_gpus():

@@ -23,7 +23,9 @@ CASES = {  # name of the golden text: (job, fields of the profile)
     "tpu-vm-v5e-16": (JOB, dict(accelerator="v5e:4x4", capacity="spot", mounts={"runs": "our-runs"})),
     "tpu-vm-v5p-64x2": (
         Job(name="llava-7b", command=(*TRAIN, "--mesh.data", "2", "--mesh.fsdp", "64"), env={"WANDB_MODE": "a b"}),
-        dict(accelerator="v5p:4x4x4", slices=2, capacity="reserved", network="ours", subnetwork="tpus", internal_ips=True)
+        dict(
+            accelerator="v5p:4x4x4", slices=2, capacity="reserved", network="ours", subnetwork="tpus", internal_ips=True
+        )
         | dict(repository="https://github.com/you/tcjax", ref="v1", service_account="tcjax@our-project.iam"),
     ),
     "tpu-vm-study": (STUDY, dict(accelerator="v6e:2x2", capacity="flex-start", hours=48)),
@@ -208,7 +210,9 @@ def test_an_interrupted_launcher_leaves_the_slice_and_says_so(cloud):
     (cloud / "codes").write_text("wait\n")
     path = script(cloud, JOB)
     words = ["bash", str(path)]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+    with subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
         wait_for(lambda: called(cloud, "host.sh follow"))
         os.killpg(process.pid, signal.SIGINT)
         said = process.communicate(timeout=30)[1]

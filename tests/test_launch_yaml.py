@@ -8,16 +8,62 @@ from hypothesis import strategies as st
 from launch import yaml
 
 # What YAML 1.1 and 1.2 read as something else where it stands plain, and what breaks a line or an indentation.
-TRICKY = "yes No ON off y null ~ NULL nan .inf 1 0x1f 0o7 1e3 -1 1_000 12:30 2001-01-01 4x4 = << * & ! | > % @ `".split()
-TRICKY += ["", " ", "- a", "a: b", "a #b", "a:", "#a", "[a]", "{a}", "'", '"', "\\", "a\tb", "a\r\nb", "\n", "a\n", "a\n\n"]
-TRICKY += ["a\n  b\n", "  a\nb", "a\n ", "a\n\tb", "\ta\nb", "a\n\n b", "---", "...", "---\na\n", "a\x85b", "a\u2028b", "\ufeff", "é", "🙂"]
-TRICKY += ["$(A)", "ghcr.io/a/b:tag", "gs://bucket", "kueue.x-k8s.io/queue-name", "a\n--- b\n", "a\n... \nb", "\0", "\x7f\n"]
+TRICKY = (
+    "yes No ON off y null ~ NULL nan .inf 1 0x1f 0o7 1e3 -1 1_000 12:30 2001-01-01 4x4 = << * & ! | > % @ `".split()
+)
+TRICKY += [
+    "",
+    " ",
+    "- a",
+    "a: b",
+    "a #b",
+    "a:",
+    "#a",
+    "[a]",
+    "{a}",
+    "'",
+    '"',
+    "\\",
+    "a\tb",
+    "a\r\nb",
+    "\n",
+    "a\n",
+    "a\n\n",
+]
+TRICKY += [
+    "a\n  b\n",
+    "  a\nb",
+    "a\n ",
+    "a\n\tb",
+    "\ta\nb",
+    "a\n\n b",
+    "---",
+    "...",
+    "---\na\n",
+    "a\x85b",
+    "a\u2028b",
+    "\ufeff",
+    "é",
+    "🙂",
+]
+TRICKY += [
+    "$(A)",
+    "ghcr.io/a/b:tag",
+    "gs://bucket",
+    "kueue.x-k8s.io/queue-name",
+    "a\n--- b\n",
+    "a\n... \nb",
+    "\0",
+    "\x7f\n",
+]
 
 TEXTS = st.sampled_from(TRICKY) | st.text(max_size=20) | st.text(alphabet="ab \n\t-#:|'\"", max_size=12)
 SCALARS = st.none() | st.booleans() | st.integers() | TEXTS
 VALUES = st.recursive(
     SCALARS,
-    lambda inner: st.lists(inner, max_size=4) | st.lists(st.integers(), max_size=60) | st.dictionaries(TEXTS, inner, max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.lists(st.integers(), max_size=60) | st.dictionaries(TEXTS, inner, max_size=4)
+    ),
     max_leaves=20,
 )
 
@@ -40,7 +86,14 @@ def test_several_documents_read_back_one_by_one(values):
 
 
 def test_the_layout_is_the_one_people_write():
-    value = {"name": "a-1", "on": True, "empty": {}, "args": ["x y", {"k": 1, "l": None}], "codes": [1, 2], "run": "a\n  b\n"}
+    value = {
+        "name": "a-1",
+        "on": True,
+        "empty": {},
+        "args": ["x y", {"k": 1, "l": None}],
+        "codes": [1, 2],
+        "run": "a\n  b\n",
+    }
     written = """\
 name: a-1
 "on": true

@@ -10,7 +10,7 @@ export NAME="${NAME:-num-queries}" RUN="${RUN:-}"
 if [ -z "$RUN" ]; then
   runs=() code=0
   for run in $(seq 1 2); do
-    NAME="$NAME-r$run" RUN="$run" bash "$0" "$@" > "$NAME-r$run.log" 2>&1 &
+    NAME="$NAME-r$run" RUN="$run" bash "$0" "$@" >> "$NAME-r$run.log" 2>&1 &
     runs+=($!)
     echo "run $run of 2: $NAME-r$run.log"
   done
@@ -151,7 +151,8 @@ start() {
 }
 
 follow() {  # the first host's log; its exit code is the job's
-  gcloud compute tpus tpu-vm ssh "${nodes[0]}" "${place[@]}" "${reach[@]}" --worker=0 --command='bash ~/launch/host.sh follow'
+  gcloud compute tpus tpu-vm ssh "${nodes[0]}" "${place[@]}" "${reach[@]}" --worker=0 \
+    --command='bash ~/launch/host.sh follow'
 }
 
 code() {  # once the training ended

@@ -138,7 +138,8 @@ start() {
 }
 
 follow() {  # the first host's log; its exit code is the job's
-  gcloud compute tpus tpu-vm ssh "${nodes[0]}" "${place[@]}" "${reach[@]}" --worker=0 --command='bash ~/launch/host.sh follow'
+  gcloud compute tpus tpu-vm ssh "${nodes[0]}" "${place[@]}" "${reach[@]}" --worker=0 \
+    --command='bash ~/launch/host.sh follow'
 }
 
 code() {  # once the training ended
