@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from launch import __main__ as door
 from launch import gke_jobset, jobset_rules, mesh
 from launch.forward import RESTART_CODES
-from launch.job import Job, LaunchError
+from launch.job import Job, LaunchError, known
 from tests.launch_golden import FOLDER, assert_golden
 
 TRAIN = ("tcjax", "train", "configs/llava.py:pretrain_7b")
@@ -301,7 +301,7 @@ def test_a_profile_that_cannot_be_is_refused(what):
 
 
 def test_the_route_prints_a_manifest_from_a_profile_by_name_and_its_flags_overrule(capsys):
-    words = "gke_jobset --profile gke-v5e --accelerator v6e:8x8 --slices 2 --queue q -- tcjax train configs/boards.py"
+    words = "gke_jobset --profile gke_v5e --accelerator v6e:8x8 --slices 2 --queue q -- tcjax train configs/boards.py"
     assert door.main(words.split()) == 0
     (manifest,) = pyyaml.safe_load_all(capsys.readouterr().out)
     assert_fits_the_api(manifest)
@@ -309,8 +309,15 @@ def test_the_route_prints_a_manifest_from_a_profile_by_name_and_its_flags_overru
     assert at(manifest, *REPLICATED)["replicas"] == 2
 
 
+@pytest.mark.parametrize("name", known("gke_jobset"))
+def test_every_profile_of_the_repository_gives_a_manifest_that_fits_the_api(name, capsys):
+    assert door.main(["gke_jobset", "--profile", name, "--", *TRAIN]) == 0
+    for manifest in pyyaml.safe_load_all(capsys.readouterr().out):
+        assert_fits_the_api(manifest)
+
+
 def test_the_route_refuses_on_one_line_before_it_prints(capsys):
-    words = "gke_jobset --profile gke-v5e -- tcjax train configs/boards.py --mesh.fsdp 5"
+    words = "gke_jobset --profile gke_v5e -- tcjax train configs/boards.py --mesh.fsdp 5"
     assert door.main(words.split()) == 2
     said = capsys.readouterr()
     assert said.out == "" and said.err.count("\n") == 1 and "--mesh.fsdp 5 does not divide the 16" in said.err

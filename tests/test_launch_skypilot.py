@@ -100,6 +100,6 @@ def test_what_cannot_be_is_refused(what):
 
 
 def test_the_route_prints_the_task_of_a_profile(capsys):
-    assert door.main("skypilot --profile sky-v6e --no-spot -- tcjax train configs/boards.py".split()) == 0
+    assert door.main("skypilot --profile sky_v6e --no-spot -- tcjax train configs/boards.py".split()) == 0
     task = pyyaml.safe_load(capsys.readouterr().out)
     assert task["resources"]["accelerators"] == "tpu-v6e-16:1" and task["resources"]["use_spot"] is False

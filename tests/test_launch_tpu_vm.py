@@ -285,6 +285,6 @@ def test_a_job_that_cannot_be_is_refused(name, command, said):
 
 
 def test_the_route_prints_the_script_of_a_profile(capsys):
-    words = f"tpu_vm --profile tpu-vm-v5e --zone z --hours 3 -- {shlex.join(TRAIN)}"
+    words = f"tpu_vm --profile tpu_vm_v5e --zone z --hours 3 -- {shlex.join(TRAIN)}"
     assert door.main(words.split()) == 0
     assert "--zone=z" in capsys.readouterr().out
