@@ -228,7 +228,7 @@ stop() {{
 def everything(job: Job) -> str:
     return f"""\
 all() {{
-  trap 'echo "interrupted; $NAME goes on and costs money: bash $0 follow, stop or delete" >&2; exit 130' INT
+  trap 'echo "interrupted; $NAME goes on and costs money: bash $0 follow, stop or delete" >&2; exit 130' INT TERM HUP
   local again ended=
   for again in $(seq 0 {job.restarts}); do
     [ "$again" = 0 ] || echo "$NAME was taken away; requested anew, $again of {job.restarts}" >&2

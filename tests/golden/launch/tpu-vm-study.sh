@@ -164,7 +164,7 @@ stop() {
 }
 
 all() {
-  trap 'echo "interrupted; $NAME goes on and costs money: bash $0 follow, stop or delete" >&2; exit 130' INT
+  trap 'echo "interrupted; $NAME goes on and costs money: bash $0 follow, stop or delete" >&2; exit 130' INT TERM HUP
   local again ended=
   for again in $(seq 0 1); do
     [ "$again" = 0 ] || echo "$NAME was taken away; requested anew, $again of 1" >&2
