@@ -174,6 +174,25 @@ def place(tree: Any, mesh: Mesh) -> Any:
     return jax.device_put(tree, shardings(tree, mesh))
 
 
+def own(tree: Any) -> Any:
+    """The same arrays, each whole in this process, whoever holds their shares; of several processes all must ask."""
+    leaves, treedef = jax.tree.flatten(tree)
+    shared = [at for at, leaf in enumerate(leaves) if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable]
+    if shared:
+        every = jax.jit(lambda some: some, out_shardings=replicated(tree))([leaves[at] for at in shared])
+        for at, leaf in zip(shared, every, strict=True):
+            leaves[at] = leaf.addressable_data(0)
+    return jax.tree.unflatten(treedef, leaves)
+
+
+def replicated(tree: Any) -> NamedSharding | None:
+    """For what is computed from `tree` and read by every process: on each device of its mesh; None where one process is all."""
+    for leaf in jax.tree.leaves(tree):
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable and isinstance(leaf.sharding, NamedSharding):
+            return NamedSharding(leaf.sharding.mesh, PartitionSpec())
+    return None
+
+
 def check_batch(batch: int, mesh: Mesh | AbstractMesh, accumulate: int = 1) -> None:
     """ValueError unless every device gets the same number of whole samples in every microbatch."""
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
