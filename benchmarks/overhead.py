@@ -6,7 +6,8 @@ The trainer's own loop (`tcjax.train.loop.train`) runs on batches that lie ready
 requests for a batch is one whole turn: placing the batch, dispatching the jitted step on split state, judging the step
 before, counting and logging. The device's time is that of the same step inside one compiled loop, where Python is not asked.
 `overhead` is the difference of the medians; the aim is 10 ms. Overhead grows with the number of arrays a step takes and
-gives, not with their sizes: the tiny model has as many as the 7B one, since layers are stacked.
+gives, not with their sizes: the smallest model here has as many as the 7B one, since layers are stacked. All devices of the
+process take part, each with one row.
 
 `dispatch` is the part of the call of the step alone until it returns (on a CPU a tiny step runs within it), `place` that of
 placing the batch.
@@ -28,26 +29,27 @@ import jax
 import numpy as np
 
 from benchmarks.compressors import ROOT, markdown, show
-from benchmarks.shapes import one_device, random_batch, random_model, shape
+from benchmarks.shapes import random_batch, random_model, shape
 from benchmarks.sides import Ours
 from tcjax.batch import Batch
 from tcjax.compressors import resampler
 from tcjax.config import DataConfig, MeshConfig, Run, Source, TrainConfig
 from tcjax.record import write_json
-from tcjax.sharding import place_batch
+from tcjax.sharding import make_mesh, on, place_batch
 from tcjax.train.log import environment
 from tcjax.train.loop import train
 from tcjax.vlm import VlmConfig
 
 VISUAL, TEXT = 4, 4
 AIM = 10.0
+MESH = MeshConfig(data=-1)  # all devices of this process
 
 
 def smallest() -> VlmConfig:
     """As many arrays as the 7B model's, of which a device makes short work."""
     config = shape("7b", VISUAL)
     tower, llm = config.one_tower, config.llm
-    compressor = resampler.Config(num_queries=VISUAL, heads=1, head_width=8, ff_mult=1)
+    compressor = resampler.Config(num_queries=VISUAL, depth=1, heads=1, head_width=8, ff_mult=1)
     small: dict[str, int] = {"width": 8, "feed_forward": 8}
     return VlmConfig(
         tower=replace(tower, pixels=replace(tower.pixels, size_YX=(28, 28)), layers=2, heads=1, **small),
@@ -91,7 +93,8 @@ def device_seconds(ours: Ours, batch: Batch, steps: int) -> float:
     ours.begin(batch)
 
     def many(state: Any, frozen: Any, batch: Batch) -> Any:
-        return jax.lax.fori_loop(0, steps, lambda number, state: ours.step(state, frozen, batch, number)[0], state)
+        with on(ours.mesh):
+            return jax.lax.fori_loop(0, steps, lambda number, state: ours.step(state, frozen, batch, number)[0], state)
 
     jitted = jax.jit(many)
     jax.block_until_ready(jitted(ours.state, ours.frozen, ours.batch))
@@ -125,14 +128,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--out", type=Path, default=ROOT / "runs/benchmarks/overhead.json")
     arguments = parser.parse_args(argv)
-    config, mesh = smallest(), one_device()
-    batch = random_batch(config, 1, TEXT, TEXT)
+    config, mesh = smallest(), make_mesh(MESH)
+    rows = jax.device_count()
+    batch = random_batch(config, rows, TEXT, TEXT)
     run = Run(
         name="overhead",
         model=config,
-        data=DataConfig(sources=(Source(path="none"),), tokenizer="none", batch=1),
+        data=DataConfig(sources=(Source(path="none"),), tokenizer="none", batch=rows),
         train=TrainConfig(steps=arguments.steps + 11, save_every=0),
-        mesh=MeshConfig(data=1),
+        mesh=MESH,
     )
     make = partial(random_model, config, "float32", mesh)
     turns = loop_seconds(run, make(), batch)
@@ -145,7 +149,7 @@ def main(argv: list[str] | None = None) -> None:
     print(json.dumps(row), flush=True)
     facts = environment(ROOT)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(arguments.out, {"environment": facts, "rows": {"tiny": row}})
+    write_json(arguments.out, {"environment": facts, "rows": {"smallest": row}})
     names = ("turn", "device", "overhead", "place", "dispatch")
     lines = [[*names, "arrays"], [*(f"{row[name]:.2f}" for name in names), str(row["arrays"])]]
     title = (

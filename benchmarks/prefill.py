@@ -161,7 +161,6 @@ def main(argv: list[str] | None = None) -> None:
             rows.append({"size": size} | measure(model, config, arguments, peak))
             print(json.dumps(rows[-1]), flush=True)
             write_json(arguments.out, {"environment": facts, "rows": rows})
-            jax.clear_caches()
         del model
     title = (
         f"From an image to the first token, batch {arguments.batch}, {arguments.text} text tokens, {arguments.dtype}, "

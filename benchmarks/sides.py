@@ -50,10 +50,10 @@ class Ours:
         self.frozen = place(frozen, mesh)
         # On the host: a step that runs out of memory may have taken its state with it.
         self.first = jax.tree.map(np.asarray, trainable)
+        self.jitted: Any = None
         self.step = make_step(
             graphdef,
             self.optimiser,
-            # M            mesh=mesh,
             dtype=compute_dtype(config.compute),
             seed=config.seed,
             steps=config.steps,
@@ -72,8 +72,9 @@ class Ours:
         return float(self.metrics.loss), float(self.metrics.grad_norm)
 
     def end(self) -> None:
+        if self.jitted is not None:
+            self.jitted.clear_cache()  # its program's memory
         self.state = self.batch = self.jitted = self.metrics = None
-        jax.clear_caches()
         gc.collect()
 
 

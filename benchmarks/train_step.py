@@ -40,12 +40,12 @@ from benchmarks.shapes import SIZES, one_device, peak_of, random_batch, random_m
 from benchmarks.sides import Ours, Theirs, attempt, fits, largest, matched, timed
 from tcjax.config import TrainConfig
 from tcjax.evaluate.cost import training_flops
+from tcjax.nn.layers import REMATS
 from tcjax.record import write_json
 from tcjax.train.log import environment
 from tcjax.vlm import VlmConfig
 
 VISUAL, TEXT, SUPERVISED = 64, 128, 96
-REMAT = ("none", "full", "save-attention", "offload")
 EQUAL = 1e-5
 
 
@@ -55,7 +55,7 @@ def training(arguments: argparse.Namespace) -> TrainConfig:
         steps=1_000_000,
         warmup=0.0,
         peak_lr=1e-3,
-        remat=arguments.remat != "none",  # R
+        remat=arguments.remat,
         compute=arguments.dtype,
         frozen=arguments.dtype,
     )
@@ -92,12 +92,14 @@ def compare(arguments: argparse.Namespace, steps: int = 3) -> dict[str, float]:
 def peer(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """What one side's process finds out: its device, the largest batch if one was looked for, and times by batch."""
     config = shape(arguments.size, VISUAL)
+    where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not arguments.batch and "cpu" in (jax.default_backend() if name == "jax" else where.type):
+        raise ValueError("on a CPU the largest batch is the machine's end; name one with --batch.")
     if name == "jax":
         mesh = one_device()
         device = jax.local_devices()[0].device_kind
         sides: dict[str, Any] = {"jax": Ours(random_model(config, arguments.dtype, mesh), training(arguments), mesh)}
     else:
-        where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         device = torch.cuda.get_device_name() if where.type == "cuda" else "cpu"
         theirs = Theirs(config, training(arguments), where, compiled=arguments.compile)
         sides = {"torch.compile": theirs} if arguments.compile else {}
@@ -109,8 +111,6 @@ def peer(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     answer: dict[str, Any] = {"device": device, "largest": None, "rows": []}
     batches = [arguments.batch]
     if not arguments.batch:
-        if device == "cpu":
-            raise ValueError("on a CPU the largest batch is the machine's end; name one with --batch.")
         first = next(iter(sides.values()))
         answer["largest"] = largest(lambda batch: fits(first, batch_of(batch)), arguments.start)
         batches = sorted({answer["largest"], min(answer["largest"], arguments.also or answer["largest"])})
@@ -183,7 +183,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=0, help="0: the largest that fits")
     parser.add_argument("--start", type=int, default=32, help="batch that the search begins with")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default=None, help="bfloat16 on a GPU")
-    parser.add_argument("--remat", choices=REMAT, default="none", help="theirs checkpoints gradients unless it is none")
+    parser.add_argument(
+        "--remat", choices=REMATS, default="none", help="theirs checkpoints gradients unless it is none"
+    )
     parser.add_argument("--peak", type=float, default=0.0, help="TFLOP/s of the device; 0: as known")
     parser.add_argument("--seconds", type=float, default=30.0, help="per measurement; three turns are always taken")
     parser.add_argument("--only", default="jax,torch", help="of jax and torch, separated by a comma")
