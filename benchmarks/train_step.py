@@ -128,9 +128,10 @@ def asked(name: str, argv: list[str], arguments: argparse.Namespace) -> dict[str
     """The same of a process of its own; "compare" of one that sees the CPU alone."""
     if arguments.one_process:
         return answered(name, arguments)
-    memory = {"XLA_PYTHON_CLIENT_MEM_FRACTION": os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.94")}
-    place = memory if name == "jax" else {"JAX_PLATFORMS": "cpu"}
     with tempfile.TemporaryDirectory() as folder:
+        place = {"JAX_PLATFORMS": "cpu"}
+        if name == "jax":  # the whole memory; and a batch that was tried is not compiled again to be timed
+            place = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.94", "JAX_COMPILATION_CACHE_DIR": folder}
         told = Path(folder) / "answer.json"
         command = [sys.executable, "-m", "benchmarks.train_step", *argv, "--peer", name, "--answer", str(told)]
         ended = subprocess.run(command, env=os.environ | place, cwd=ROOT)
