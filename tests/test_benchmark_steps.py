@@ -46,6 +46,26 @@ def test_sides_that_differ_are_not_timed(monkeypatch, tmp_path):
     assert not (tmp_path / "table.json").exists()
 
 
+@pytest.mark.slow
+def test_each_side_runs_in_a_process_of_its_own(tmp_path):
+    options = [
+        "--size",
+        "tiny",
+        "--batch",
+        "1",
+        "--seconds",
+        "0",
+        "--only",
+        "jax",
+        "--out",
+        str(tmp_path / "table.json"),
+    ]
+    train_step.main(options)
+    recorded = json.loads((tmp_path / "table.json").read_text())
+    assert recorded["environment"]["command"] == " ".join(["python -m benchmarks.train_step", *options])
+    assert [(row["name"], row["batch"], row["ratio"]) for row in recorded["rows"]] == [("jax", 1, None)]
+
+
 def test_a_cpu_is_not_filled(tmp_path):
     arguments = train_step.parse(["--size", "tiny", "--one-process"])
     with pytest.raises(ValueError, match="name one with --batch"):
