@@ -48,7 +48,7 @@ def dry_run(run: Run, *, root: Path) -> dict[str, Any]:
     check_batch(run.data.batch, mesh, run.train.accumulate)
     how = run.train
     model = abstract(config, trainable=how.trainable, frozen=how.frozen, lora=how.lora)
-    recompute(model, how.remat)
+    recompute(model, how.remat, packed=run.data.batching == "packed")
     graphdef, trainable, frozen = split(model, run.train.trainable)
     learned = _held(trainable, mesh)
     cached = bool(run.train.feature_cache)

@@ -102,7 +102,7 @@ def train(
     mesh = make_mesh(run.mesh)
     check_batch(run.data.batch, mesh, config.accumulate)
     optimiser, dtype = make_optimiser(config), compute_dtype(config.compute)
-    recompute(model, config.remat)
+    recompute(model, config.remat, packed=run.data.batching == "packed")
     graphdef, trainable, frozen = split(model, config.trainable)
     frozen = place(frozen, mesh)
     state = place(init(place(trainable, mesh), optimiser), mesh)
