@@ -75,7 +75,7 @@ def _fault(A: int, group: int, dtype: str) -> str:
     def run() -> None:
         try:
             tried()
-        except Exception as error:  # noqa: BLE001  whatever it is, plain products do without
+        except Exception as error:  # whatever it is, plain products do without
             found.append(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
 
     thread = Thread(target=run)  # the mesh and the trace around this call are another thread's
