@@ -138,6 +138,13 @@ def as_looked_up(x: jax.Array, axes: str) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*shares))
 
 
+def row_shares(rows: int) -> int:
+    """Into how many shares the current mesh parts B of this size; 1 outside one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    ways = 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
+    return ways if rows % ways == 0 else 1
+
+
 def rows_apart(tree: Any) -> Any:
     """Every array of a tree by its leading axis, B."""
     return jax.tree.map(lambda x: constrain(x, "B" + "." * (x.ndim - 1)), tree)

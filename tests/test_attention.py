@@ -1,18 +1,26 @@
 """One door to attention: the kernels of TPUs and GPUs see what the plain products see, and the target decides who computes."""
 
+import dataclasses
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
+from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
-from tcjax.config import MeshConfig
+from tcjax.batch import Batch
+from tcjax.config import MeshConfig, TrainConfig
 from tcjax.evaluate.flops import matmul_flops
 from tcjax.nn import attention, cudnn, splash
 from tcjax.nn.attention import attend, attend_causally, padding_mask
-from tcjax.sharding import MESH_AXES, make_mesh, on
+from tcjax.sharding import MESH_AXES, make_mesh, on, shardings
+from tcjax.train.optimiser import make_optimiser
+from tcjax.train.state import init, recompute, split
+from tcjax.train.step import jit_step, make_step
+from tests import tiny
 
 S = 200  # no multiple of 128
 SEEN = {  # of the positions of a row
@@ -182,7 +190,7 @@ def lowered(function, *shapes, platform="tpu", dtype=jnp.bfloat16):
     mesh = AbstractMesh((2, 2, 1), MESH_AXES, axis_types=(AxisType.Auto,) * 3, abstract_device=device)
 
     def step(*arguments):
-        with on(mesh):
+        with jax.sharding.use_abstract_mesh(mesh):
             return function(*arguments)
 
     arguments = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
@@ -218,3 +226,48 @@ def test_outside_a_mesh_attention_is_plain_and_its_products_are_counted():
     arguments = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in LONG]
     B, positions, K, A = LONG[0]
     assert matmul_flops(attend, *arguments) == 4 * B * K * A * positions**2
+
+
+# A whole step, for chips that nobody here has ------------------------------------------------------------------------
+
+
+def compiled_for_tpu(monkeypatch, positions: int, rows: int):
+    """The training step of a tiny VLM, compiled for four chips."""
+    pytest.importorskip("libtpu")
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")  # no metadata server is asked
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    chips = topologies.get_topology_desc("v5e:2x2", "tpu").devices
+    mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=2), chips)
+    llm = dataclasses.replace(tiny.LLM, width=64, heads=4, kv_heads=2, head_width=64, layers=9)
+    model = nnx.eval_shape(lambda: dataclasses.replace(tiny.VLM, llm=llm).build(nnx.Rngs(0)))
+    recompute(model, "full")
+    graphdef, trainable, frozen = split(model, ("compressor",))
+    optimiser = make_optimiser(TrainConfig(steps=5))
+    state = jax.eval_shape(lambda trainable: init(trainable, optimiser), trainable)
+
+    def there(tree):
+        return jax.tree.map(
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree, shardings(tree, mesh)
+        )
+
+    def field(dtype, *shape):
+        return jax.ShapeDtypeStruct(
+            (rows, *shape), dtype, sharding=NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+        )
+
+    flags = {name: field(bool, positions) for name in ("is_image_BS", "supervised_BS", "valid_BS")}
+    batch = Batch(tokens_BS=field(jnp.int32, positions), images_BYX3=field(jnp.float32, 16, 16, 3), **flags)
+    step = jit_step(make_step(graphdef, optimiser, dtype=jnp.bfloat16), state, mesh)
+    return step.lower(there(state), there(frozen), batch, jax.ShapeDtypeStruct((), jnp.int32)).compile()
+
+
+@pytest.mark.slow
+def test_a_step_for_tpus_attends_by_splash_and_needs_less_memory(monkeypatch):
+    splashed = compiled_for_tpu(monkeypatch, positions=1024, rows=16)
+    for kernel in ("splash_mha_fwd", "splash_mha_dkv"):
+        assert kernel in splashed.as_text()
+    monkeypatch.setattr(attention, "_target", lambda: "")
+    plain = compiled_for_tpu(monkeypatch, positions=1024, rows=16)
+    assert "splash" not in plain.as_text()
+    peaks = (program.memory_analysis().peak_memory_in_bytes for program in (splashed, plain))
+    assert next(peaks) < 0.7 * next(peaks)
