@@ -114,7 +114,7 @@ def attend_causally(
         return mask_BSM
 
     if on == "gpu" and cudnn.can_attend(*heads):
-        return checkpoint_name(_per_device(cudnn.attend, *heads, mask(0, S)), ATTENTION)
+        return _per_device(cudnn.attend, *heads, mask(0, S))
     query_BJGSA, key_BJMA, value_BJMA = _heads_first(*heads)
     block = -(-S // _CAUSAL_BLOCKS)
     blocks = []

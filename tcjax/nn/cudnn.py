@@ -81,4 +81,4 @@ def _fault(A: int, group: int, dtype: str) -> str:
     thread = Thread(target=run)  # the mesh and the trace around this call are another thread's
     thread.start()
     thread.join()
-    return found[0] if found else ""
+    return found[0].rstrip(".") if found else ""
