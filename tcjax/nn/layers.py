@@ -24,7 +24,7 @@ from tcjax.sharding import rows_apart, whole_vectors
 
 REMATS = ("none", "full", "save-attention", "offload")
 ATTENTION, INPUT = "attention", "layer input"  # names of what a policy may keep
-CUDNN = "dot_product_attention_fwd"  # a primitive: what it keeps for the backward pass has no name
+CUDNN = "dot_product_attention_fwd_wrapper"  # a primitive: what it keeps for the backward pass has no name
 _UNROLLED = 8  # so few layers run without a loop: a training step saves the copies in and out of it (1/5 on a CPU)
 
 
