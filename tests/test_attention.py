@@ -258,7 +258,8 @@ def compiled_for_tpu(monkeypatch, positions: int, rows: int):
     flags = {name: field(bool, positions) for name in ("is_image_BS", "supervised_BS", "valid_BS")}
     batch = Batch(tokens_BS=field(jnp.int32, positions), images_BYX3=field(jnp.float32, 16, 16, 3), **flags)
     step = jit_step(make_step(graphdef, optimiser, dtype=jnp.bfloat16), state, mesh)
-    return step.lower(there(state), there(frozen), batch, jax.ShapeDtypeStruct((), jnp.int32)).compile()
+    with jax.default_matmul_precision("default"):  # the kernel has no exact products of bfloat16
+        return step.lower(there(state), there(frozen), batch, jax.ShapeDtypeStruct((), jnp.int32)).compile()
 
 
 @pytest.mark.slow
@@ -268,6 +269,6 @@ def test_a_step_for_tpus_attends_by_splash_and_needs_less_memory(monkeypatch):
         assert kernel in splashed.as_text()
     monkeypatch.setattr(attention, "_target", lambda: "")
     plain = compiled_for_tpu(monkeypatch, positions=1024, rows=16)
-    assert "splash" not in plain.as_text()
+    assert "splash_mha" not in plain.as_text()
     peaks = (program.memory_analysis().peak_memory_in_bytes for program in (splashed, plain))
     assert next(peaks) < 0.7 * next(peaks)
