@@ -38,7 +38,7 @@ from tcjax.pipeline.pictures import Noise, grey, stacked
 from tcjax.pipeline.questions import EvaluationSet, questions
 from tcjax.pipeline.source import open_source
 from tcjax.processes import is_first
-from tcjax.sharding import replicated
+from tcjax.sharding import jit_where_it_lies
 from tcjax.vlm import Vlm, VlmConfig
 
 CONTROLS = ("blank", "shuffled", "random")
@@ -151,9 +151,7 @@ class Images:
         self._grey = stacked("images_BYX3", [grey(self._pixels)])
         if cached:
             graphdef, state = nnx.split(model)
-            see = jax.jit(
-                lambda state, told: nnx.merge(graphdef, state).see(Batch(**told)), out_shardings=replicated(state)
-            )
+            see = jit_where_it_lies(lambda state, told: nnx.merge(graphdef, state).see(Batch(**told)), state)
             self._grey["features_BNC"] = np.asarray(see(state, self._grey))
             del self._grey["images_BYX3"]
 
@@ -245,10 +243,10 @@ def looks(model: Vlm, run: Run, *, root: Path, out: Path, boards: int = 4) -> Pa
     batch = Batch(**seen, instruction_BT=np.stack(told), index_B=np.arange(len(shown)))
     graphdef, state = nnx.split(model)
 
-    def assigned(state: Any, batch: Batch) -> jax.Array:
+    def assigned(state: Any, batch: Batch) -> jax.Array | None:
         return nnx.merge(graphdef, state).compress(batch, Context(assign=True)).assign_BQN
 
-    assign_BQN = np.asarray(jax.jit(assigned, out_shardings=replicated(state))(state, batch), np.float32)
+    assign_BQN = np.asarray(jit_where_it_lies(assigned, state)(state, batch), np.float32)
     path = out / "looks.npz"
     if not is_first():
         return path

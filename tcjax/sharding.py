@@ -14,6 +14,7 @@ centre's network (DCN) are laid along data, so that only gradients of what learn
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -195,23 +196,42 @@ def place(tree: Any, mesh: Mesh) -> Any:
     return jax.device_put(tree, shardings(tree, mesh))
 
 
+def mesh_of(tree: Any) -> Mesh | None:
+    """The mesh on which a tree's arrays lie; None if they lie on none."""
+    placed = (leaf.sharding for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array))
+    return next((sharding.mesh for sharding in placed if isinstance(sharding, NamedSharding)), None)  # pyright: ignore
+
+
 def own(tree: Any) -> Any:
     """The same arrays, each whole in this process, whoever holds their shares; of several processes all must ask."""
     leaves, treedef = jax.tree.flatten(tree)
     shared = [at for at, leaf in enumerate(leaves) if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable]
     if shared:
-        every = jax.jit(lambda some: some, out_shardings=replicated(tree))([leaves[at] for at in shared])
+        mesh = mesh_of(tree)
+        assert mesh is not None, "what several processes hold lies on a mesh"
+        everywhere = NamedSharding(mesh, PartitionSpec())
+        every = jax.jit(lambda some: some, out_shardings=everywhere)([leaves[at] for at in shared])
         for at, leaf in zip(shared, every, strict=True):
             leaves[at] = leaf.addressable_data(0)
     return jax.tree.unflatten(treedef, leaves)
 
 
-def replicated(tree: Any) -> NamedSharding | None:
-    """For what is computed from `tree` and read by every process: on each device of its mesh; None where one process is all."""
-    for leaf in jax.tree.leaves(tree):
-        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable and isinstance(leaf.sharding, NamedSharding):
-            return NamedSharding(leaf.sharding.mesh, PartitionSpec())
-    return None
+def jit_where_it_lies(function: Callable[..., Any], state: Any, **options: Any) -> Any:
+    """jax.jit of `function(state, batch, ...)` for the mesh that `state` lies on: rows apart and weights gathered as in
+    training; every device, so every process, gets all that comes out. Without a mesh, plain jax.jit.
+
+    Every process gives the same whole batch.
+    """
+    mesh = mesh_of(state)
+    if mesh is None:
+        return jax.jit(function, **options)
+
+    @functools.wraps(function)
+    def on_mesh(state: Any, batch: Any, *others: Any, **named: Any) -> Any:
+        with on(mesh):
+            return function(whole_now(state), rows_apart(batch), *others, **named)
+
+    return jax.jit(on_mesh, out_shardings=NamedSharding(mesh, PartitionSpec()), **options)
 
 
 def check_batch(batch: int, mesh: Mesh | AbstractMesh, accumulate: int = 1) -> None:

@@ -7,7 +7,6 @@ A shape compiles once. Generation of a batch ends when every row has said its en
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import jax
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from tcjax.batch import Batch
-from tcjax.sharding import replicated
+from tcjax.sharding import jit_where_it_lies
 from tcjax.vlm import Vlm
 
 
@@ -62,17 +61,15 @@ def make_generate(model: Vlm, *, end: int | Sequence[int]) -> Callable[[Batch, i
     """`answer(batch, steps) -> ids [B, steps]`, jitted; compiled once per shape and number of steps."""
     graphdef, state = nnx.split(model)
 
-    @partial(jax.jit, static_argnames="steps", out_shardings=replicated(state))
     def run(state: Any, batch: Batch, steps: int) -> jax.Array:
         return generate(nnx.merge(graphdef, state), batch, steps=steps, end=end)
 
-    return lambda batch, steps: run(state, batch, steps=steps)
+    jitted = jit_where_it_lies(run, state, static_argnames="steps")
+    return lambda batch, steps: jitted(state, batch, steps=steps)
 
 
 def make_prefill(model: Vlm) -> Callable[[Batch], jax.Array]:
     """`logits = prefill(batch)`, jitted: what the first token waits for."""
     graphdef, state = nnx.split(model)
-    run = jax.jit(
-        lambda state, batch: prefill(nnx.merge(graphdef, state), batch, room=0)[0], out_shardings=replicated(state)
-    )
+    run = jit_where_it_lies(lambda state, batch: prefill(nnx.merge(graphdef, state), batch, room=0)[0], state)
     return lambda batch: run(state, batch)

@@ -9,7 +9,6 @@ Cost per image: one prefill and 2 (parameters of the LLM) FLOPs per token of all
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +18,7 @@ from flax import nnx
 
 from tcjax.batch import Batch
 from tcjax.evaluate.generate import prefill
+from tcjax.sharding import jit_where_it_lies
 from tcjax.vlm import Vlm
 
 TOGETHER = 64  # rows of the cache that are extended at once: prompts x choices
@@ -35,11 +35,12 @@ def make_likelihood(model: Vlm) -> Callable[[Batch, Sequence[Sequence[int]]], Li
     """`likelihood(prompts, choices)`, jitted; choices are ids without an end mark, prompts are padded on the left."""
     graphdef, state = nnx.split(model)
 
-    @partial(jax.jit, static_argnames="together")
     def run(
         state: Any, batch: Batch, choices: jax.Array, valid: jax.Array, together: int
     ) -> tuple[jax.Array, jax.Array]:
         return _likelihood(nnx.merge(graphdef, state), batch, choices, valid, together)
+
+    jitted = jit_where_it_lies(run, state, static_argnames="together")
 
     def likelihood(batch: Batch, choices: Sequence[Sequence[int]]) -> Likelihood:
         if not choices or not all(len(choice) for choice in choices):
@@ -50,7 +51,7 @@ def make_likelihood(model: Vlm) -> Callable[[Batch, Sequence[Sequence[int]]], Li
         ids, valid = np.zeros((rows, length), np.int32), np.zeros((rows, length), bool)
         for row, choice in enumerate(choices):
             ids[row, : len(choice)], valid[row, : len(choice)] = choice, True
-        total, greedy = run(state, batch, ids, valid, together)
+        total, greedy = jitted(state, batch, ids, valid, together=together)
         return Likelihood(np.asarray(total)[:, : len(choices)], np.asarray(greedy)[:, : len(choices)])
 
     return likelihood
