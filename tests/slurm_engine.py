@@ -97,7 +97,7 @@ class Engine:
         self.wait(lambda: self.state(number) == "PENDING", 30, f"the requeue of job {number}")
         self("scontrol", "update", f"jobid={number}", "StartTime=now+2")
 
-    def ended(self, number: str, seconds: float = 60) -> dict[str, str]:
+    def ended(self, number: str, seconds: float = 120) -> dict[str, str]:
         """The facts of a job when it is done for good."""
         last = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
         self.wait(lambda: self.state(number) in last, seconds, f"the end of job {number}")
