@@ -13,6 +13,7 @@ from launch.__main__ import main
 from tests.test_launch import COMMAND, ROOT, job
 
 LAUNCH = [sys.executable, "-m", "launch", "local", "--submit", "--processes", "2"]
+AFTER_0 = "until [ -e ready ]; do sleep 0.02; done"
 ENVIRON = os.environ | {"PYTHONPATH": str(ROOT)}
 
 
@@ -68,7 +69,9 @@ def test_it_comes_back_only_so_often(tmp_path):
 
 
 def test_who_does_not_end_is_killed_after_the_grace(tmp_path):
-    script = "[ $JAX_PROCESS_ID = 0 ] && exit 1; trap '' TERM; while :; do sleep 0.1; done"
+    script = (
+        f"[ $JAX_PROCESS_ID = 1 ] && {{ {AFTER_0}; exit 1; }}; trap '' TERM; touch ready; while :; do sleep 0.1; done"
+    )
     done = launched(script, "--grace", "1", "--save-seconds", "1", cwd=tmp_path)
     assert done.returncode == 1 and "launch: killed after 1 s of grace" in done.stderr
 

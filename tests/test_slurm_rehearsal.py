@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from tcjax.cli import main
 from tcjax.study import rows
 from tcjax.train.log import read_metrics
 from tests.slurm_engine import Engine, engine, lacking
@@ -102,8 +103,7 @@ def test_a_study_is_one_array_job_whose_rows_the_report_gathers(slurm, project):
     names = [f"{name}-{num}-s0" for name in ("avg_pool", "resampler") for num in (1, 4)]
     said = "".join(log(project, f"num-queries-{job}_{number}") for number in range(1, 5))
     assert sorted(row["run"] for row in made) == names and not warnings, said
-    report = [*TCJAX, "report", "runs/num_queries"]
-    subprocess.run(report, cwd=project, env=slurm.environ | {"PYTHONPATH": str(ROOT)}, check=True, capture_output=True)
+    assert main(["report", str(project / "runs/num_queries")]) == 0
     page = (project / "runs/num_queries/report.html").read_text()
     assert all(name in page for name in names)
 
@@ -113,15 +113,16 @@ PRETEND = "trap 'sleep 0.5; echo saved; exit 143' TERM; echo begun; [ ${SLURM_RE
 WAIT = "while :; do sleep 0.1; done"
 
 
-def pretended(slurm: Engine, folder: Path, name: str, script: str, *flags: str) -> str:
-    """A job on both nodes whose processes have begun."""
-    job = submitted(slurm, folder, "--nodes", "2", "--name", name, *flags, "--", "bash", "-c", PRETEND + script)
-    slurm.wait(lambda: log(folder, f"{name}-{job}").count("begun") == 2, 20, f"the beginning of {name}")
+def pretended(slurm: Engine, folder: Path, name: str, script: str = WAIT) -> str:
+    """A job on both nodes; one that only waits has begun."""
+    job = submitted(slurm, folder, "--nodes", "2", "--name", name, "--", "bash", "-c", PRETEND + script)
+    if script == WAIT:
+        slurm.wait(lambda: log(folder, f"{name}-{job}").count("begun") == 2, 60, f"the beginning of {name}")
     return job
 
 
 def test_a_preempted_job_saves_within_the_grace_and_comes_back(slurm, tmp_path):
-    job = pretended(slurm, tmp_path, "small", WAIT, "--partition", "main")
+    job = pretended(slurm, tmp_path, "small")
     slurm("sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true")
     slurm.hurry(job)
     facts = slurm.ended(job)
@@ -130,7 +131,7 @@ def test_a_preempted_job_saves_within_the_grace_and_comes_back(slurm, tmp_path):
 
 
 def test_a_cancelled_job_and_one_with_an_error_stay_ended_and_one_that_lost_a_process_comes_back(slurm, tmp_path):
-    cancelled = pretended(slurm, tmp_path, "cancelled", WAIT)
+    cancelled = pretended(slurm, tmp_path, "cancelled")
     wrong = pretended(slurm, tmp_path, "wrong", f"[ $SLURM_PROCID = 1 ] && exit 2; {WAIT}")
     lost = pretended(slurm, tmp_path, "lost", f"[ $SLURM_PROCID = 1 ] && kill -KILL $$; {WAIT}")
     slurm("scancel", cancelled)
@@ -148,7 +149,7 @@ def test_a_cancelled_job_and_one_with_an_error_stay_ended_and_one_that_lost_a_pr
 def test_one_run_of_a_study_is_requeued_and_no_other(slurm, tmp_path):
     command = ("bash", "-c", PRETEND + WAIT, "ablate")
     job = submitted(slurm, tmp_path, "--runs", "2", "--name", "study", "--", *command)
-    slurm.wait(lambda: all("begun" in log(tmp_path, f"study-{job}_{n}") for n in (1, 2)), 20, "the beginning of both")
+    slurm.wait(lambda: all("begun" in log(tmp_path, f"study-{job}_{n}") for n in (1, 2)), 60, "the beginning of both")
     slurm("scancel", "--signal=TERM", f"{job}_2")
     slurm.hurry(f"{job}_2")
     assert slurm.state(f"{job}_1") == "RUNNING"
