@@ -28,7 +28,7 @@ from tcjax.nn import layers
 from tcjax.nn.attention import attend, attend_causally
 from tcjax.nn.dense import dense
 from tcjax.nn.norm import RMSNorm
-from tcjax.sharding import constrain, whole
+from tcjax.sharding import as_looked_up, constrain, whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +103,7 @@ class Decoder(nnx.Module):
 
     def embed(self, tokens_BS: jax.Array) -> jax.Array:
         """seq_BSD of text ids."""
-        return constrain(jnp.take(self.embedding[...], tokens_BS, axis=0), "BSD")
+        return constrain(as_looked_up(jnp.take(self.embedding[...], tokens_BS, axis=0), "BSD"), "BSD")
 
     def __call__(
         self, seq_BSD: jax.Array, valid_BS: jax.Array | None = None, segment_BS: jax.Array | None = None
