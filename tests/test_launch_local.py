@@ -10,6 +10,7 @@ from pathlib import Path
 
 from launch import local
 from launch.__main__ import main
+from tests.launch_golden import assert_golden
 from tests.test_launch import COMMAND, ROOT, job
 
 LAUNCH = [sys.executable, "-m", "launch", "local", "--submit", "--processes", "2"]
@@ -25,7 +26,7 @@ def launched(script: str, *flags: str, cwd: Path) -> subprocess.CompletedProcess
 def test_the_script_is_the_golden_one(capsys):
     words = ["local", "--profile", "rehearsal", "--env", "NOTE=it's $5", "--", *COMMAND]
     assert main(words) == 0
-    assert capsys.readouterr().out == (ROOT / "tests/golden/launch/local.sh").read_text()
+    assert_golden("local.sh", capsys.readouterr().out)
 
 
 def test_the_printed_script_runs_the_processes(tmp_path):

@@ -150,7 +150,7 @@ def test_one_run_of_a_study_is_requeued_and_no_other(slurm, tmp_path):
     command = ("bash", "-c", PRETEND + WAIT, "ablate")
     job = submitted(slurm, tmp_path, "--runs", "2", "--name", "study", "--", *command)
     slurm.wait(lambda: all("begun" in log(tmp_path, f"study-{job}_{n}") for n in (1, 2)), 60, "the beginning of both")
-    slurm("scancel", "--signal=TERM", f"{job}_2")
+    slurm("scancel", "--batch", "--signal=TERM", f"{job}_2")  # to the script alone, as a time limit does
     slurm.hurry(f"{job}_2")
     assert slurm.state(f"{job}_1") == "RUNNING"
     facts = slurm.ended(f"{job}_2")
