@@ -243,8 +243,10 @@ def looks(model: Vlm, run: Run, *, root: Path, out: Path, boards: int = 4) -> Pa
     batch = Batch(**seen, instruction_BT=np.stack(told), index_B=np.arange(len(shown)))
     graphdef, state = nnx.split(model)
 
-    def assigned(state: Any, batch: Batch) -> jax.Array | None:
-        return nnx.merge(graphdef, state).compress(batch, Context(assign=True)).assign_BQN
+    def assigned(state: Any, batch: Batch) -> jax.Array:
+        assign_BQN = nnx.merge(graphdef, state).compress(batch, Context(assign=True)).assign_BQN
+        assert assign_BQN is not None
+        return assign_BQN
 
     assign_BQN = np.asarray(jit_where_it_lies(assigned, state)(state, batch), np.float32)
     path = out / "looks.npz"

@@ -94,10 +94,13 @@ class Engine:
 
         Not in the same second: slurmd refuses a job of its number that began before the requeue, to the second.
         """
-        self.wait(lambda: self.state(number) == "PENDING", 30, f"the requeue of job {number}")
+        again = ("PENDING", True)
+        self.wait(
+            lambda: (self.state(number), self.job(number)["Restarts"] != "0") == again, 120, f"job {number}'s requeue"
+        )
         self("scontrol", "update", f"jobid={number}", "StartTime=now+2")
 
-    def ended(self, number: str, seconds: float = 60) -> dict[str, str]:
+    def ended(self, number: str, seconds: float = 120) -> dict[str, str]:
         """The facts of a job when it is done for good."""
         last = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
         self.wait(lambda: self.state(number) in last, seconds, f"the end of job {number}")

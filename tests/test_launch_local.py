@@ -10,9 +10,11 @@ from pathlib import Path
 
 from launch import local
 from launch.__main__ import main
+from tests.launch_golden import assert_golden
 from tests.test_launch import COMMAND, ROOT, job
 
 LAUNCH = [sys.executable, "-m", "launch", "local", "--submit", "--processes", "2"]
+AFTER_0 = "until [ -e ready ]; do sleep 0.02; done"
 ENVIRON = os.environ | {"PYTHONPATH": str(ROOT)}
 
 
@@ -24,7 +26,7 @@ def launched(script: str, *flags: str, cwd: Path) -> subprocess.CompletedProcess
 def test_the_script_is_the_golden_one(capsys):
     words = ["local", "--profile", "rehearsal", "--env", "NOTE=it's $5", "--", *COMMAND]
     assert main(words) == 0
-    assert capsys.readouterr().out == (ROOT / "tests/golden/launch/local.sh").read_text()
+    assert_golden("local.sh", capsys.readouterr().out)
 
 
 def test_the_printed_script_runs_the_processes(tmp_path):
@@ -68,7 +70,9 @@ def test_it_comes_back_only_so_often(tmp_path):
 
 
 def test_who_does_not_end_is_killed_after_the_grace(tmp_path):
-    script = "[ $JAX_PROCESS_ID = 0 ] && exit 1; trap '' TERM; while :; do sleep 0.1; done"
+    script = (
+        f"[ $JAX_PROCESS_ID = 1 ] && {{ {AFTER_0}; exit 1; }}; trap '' TERM; touch ready; while :; do sleep 0.1; done"
+    )
     done = launched(script, "--grace", "1", "--save-seconds", "1", cwd=tmp_path)
     assert done.returncode == 1 and "launch: killed after 1 s of grace" in done.stderr
 

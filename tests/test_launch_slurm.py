@@ -13,27 +13,26 @@ import pytest
 from launch import slurm
 from launch.__main__ import main
 from launch.job import LaunchError
+from tests.launch_golden import FOLDER, assert_golden
 from tests.test_launch import job
 
-GOLDEN = Path(__file__).parent / "golden/launch"
 SCRIPTS = {
-    "slurm_two_nodes.sh": "slurm --nodes 2 --partition cpu --time 1:00:00 -- tcjax train configs/boards.py",
-    "slurm_gpu.sh": "slurm --profile slurm_gpu --account vision -- tcjax train configs/llava.py:pretrain_7b",
-    "slurm_study.sh": "slurm --profile slurm_gpus_apart --runs 7 --grace 300 --save-seconds 200 --restarts 3 "
+    "slurm-two-nodes.sh": "slurm --nodes 2 --partition cpu --time 1:00:00 -- tcjax train configs/boards.py",
+    "slurm-gpu.sh": "slurm --profile slurm_gpu --account vision -- tcjax train configs/llava.py:pretrain_7b",
+    "slurm-study.sh": "slurm --profile slurm_gpus_apart --runs 7 --grace 300 --save-seconds 200 --restarts 3 "
     "--env XLA_FLAGS='--xla_a --xla_b' -- tcjax ablate experiments/num_queries --queries 64,16,4",
 }
-MADE_BY = "made by `python -m launch {}`: write it anew if the difference is meant"
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_the_script_is_the_golden_one(name, capsys):
     assert main(shlex.split(SCRIPTS[name])) == 0
-    assert capsys.readouterr().out == (GOLDEN / name).read_text(), MADE_BY.format(SCRIPTS[name])
+    assert_golden(name, capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_bash_reads_the_script(name):
-    done = subprocess.run(["bash", "-n", GOLDEN / name], capture_output=True, text=True)
+    done = subprocess.run(["bash", "-n", FOLDER / name], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
 
 

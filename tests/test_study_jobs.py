@@ -1,5 +1,6 @@
 """A study's runs as jobs of their own: numbered, listed, and writing their rows and features side by side."""
 
+import fcntl
 import json
 import subprocess
 import sys
@@ -88,6 +89,22 @@ def test_four_processes_append_their_rows_whole(tmp_path):
     assert all(line["long"] == line["run"] * 20_000 for line in made)
     for name in "abcd":  # each writer's own order
         assert [line["fingerprint"] for line in made if line["run"] == name] == [f"{name}-{i}" for i in range(20)]
+
+
+def test_a_row_waits_while_another_writer_holds_the_file(tmp_path):
+    code = "import sys, json; from pathlib import Path; from tcjax.study import rows; print('ready', flush=True); "
+    code += "rows.append(Path(sys.argv[1]), json.loads(sys.argv[2]))"
+    with (tmp_path / rows.FILE).open("a") as held:
+        fcntl.lockf(held, fcntl.LOCK_EX)
+        command = [sys.executable, "-c", code, str(tmp_path), json.dumps(row("late"))]
+        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as writer:
+            assert writer.stdout.readline() == "ready\n"
+            with pytest.raises(subprocess.TimeoutExpired):
+                writer.wait(timeout=0.3)
+            assert names(tmp_path) == []
+            fcntl.lockf(held, fcntl.LOCK_UN)
+            assert writer.wait(timeout=20) == 0
+    assert names(tmp_path) == ["late"]
 
 
 def test_runs_that_compute_the_same_features_at_once_do_not_disturb_each_other(tmp_path, monkeypatch):
