@@ -246,7 +246,9 @@ def looks(model: Vlm, run: Run, *, root: Path, out: Path, boards: int = 4) -> Pa
     graphdef, state = nnx.split(model)
 
     def assigned(state: Any, batch: Batch) -> jax.Array:
-        return nnx.merge(graphdef, state).compress(batch, Context(assign=True)).assign_BQN
+        assign_BQN = nnx.merge(graphdef, state).compress(batch, Context(assign=True)).assign_BQN
+        assert assign_BQN is not None
+        return assign_BQN
 
     assign_BQN = np.asarray(jax.jit(assigned, out_shardings=replicated(state))(state, batch), np.float32)
     path = out / "looks.npz"

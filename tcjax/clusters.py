@@ -64,32 +64,32 @@ def _from_environment(environ: Mapping[str, str]) -> Group | None:
         return None
     if lacking := [name for name in names if not environ.get(name)]:
         raise ValueError(f"{', '.join(lacking)} must be set too: {', '.join(names)} go together.")
-    count, number = (number(environ, name) for name in names[1:])
+    count, number = (whole_number(environ, name) for name in names[1:])
     return Group(coordinator=environ[names[0]], processes=count, process=number, source="the environment")
 
 
 def _from_slurm(environ: Mapping[str, str]) -> Group | None:
     if any(name not in environ for name in ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID")):
         return None  # not in a step: `srun` makes one
-    tasks = number(environ, "SLURM_STEP_NUM_TASKS" if environ.get("SLURM_STEP_NUM_TASKS") else "SLURM_NTASKS")
+    tasks = whole_number(environ, "SLURM_STEP_NUM_TASKS" if environ.get("SLURM_STEP_NUM_TASKS") else "SLURM_NTASKS")
     if tasks == 1:
         return None
-    job = number(environ, "SLURM_JOB_ID")
+    job = whole_number(environ, "SLURM_JOB_ID")
     here = environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE", "1")
-    each = _per_node(here)[number(environ, "SLURM_NODEID") if environ.get("SLURM_NODEID") else 0]
+    each = _per_node(here)[whole_number(environ, "SLURM_NODEID") if environ.get("SLURM_NODEID") else 0]
     return Group(
         coordinator=_coordinator(environ, first_host(environ["SLURM_STEP_NODELIST"]), _EPHEMERAL + job % 4096),
         processes=tasks,
-        process=number(environ, "SLURM_PROCID"),
+        process=whole_number(environ, "SLURM_PROCID"),
         source="Slurm",
-        devices=_share(environ, number(environ, "SLURM_LOCALID"), each, environ.get("SLURM_GPUS_ON_NODE")),
+        devices=_share(environ, whole_number(environ, "SLURM_LOCALID"), each, environ.get("SLURM_GPUS_ON_NODE")),
     )
 
 
 def _from_open_mpi(environ: Mapping[str, str]) -> Group | None:
-    if "OMPI_COMM_WORLD_SIZE" not in environ or number(environ, "OMPI_COMM_WORLD_SIZE") == 1:
+    if "OMPI_COMM_WORLD_SIZE" not in environ or whole_number(environ, "OMPI_COMM_WORLD_SIZE") == 1:
         return None
-    tasks, each = (number(environ, f"OMPI_COMM_WORLD_{name}") for name in ("SIZE", "LOCAL_SIZE"))
+    tasks, each = (whole_number(environ, f"OMPI_COMM_WORLD_{name}") for name in ("SIZE", "LOCAL_SIZE"))
     uri = environ.get("OMPI_MCA_orte_hnp_uri", "")  # 1531576320.0;tcp://10.96.0.1,10.148.0.1:34911
     found = re.match(r"(\d+)\..*?tcp6?://\[?([^,\]]+?)(?:[,\]]|:\d)", uri)
     port = _EPHEMERAL + (int(found[1]) // 4096 if found else 0) % 4096
@@ -102,9 +102,9 @@ def _from_open_mpi(environ: Mapping[str, str]) -> Group | None:
     return Group(
         coordinator=_coordinator(environ, host, port),
         processes=tasks,
-        process=number(environ, "OMPI_COMM_WORLD_RANK"),
+        process=whole_number(environ, "OMPI_COMM_WORLD_RANK"),
         source="Open MPI",
-        devices=_share(environ, number(environ, "OMPI_COMM_WORLD_LOCAL_RANK"), each, None),
+        devices=_share(environ, whole_number(environ, "OMPI_COMM_WORLD_LOCAL_RANK"), each, None),
     )
 
 
@@ -118,7 +118,7 @@ def _from_gke(environ: Mapping[str, str]) -> Group | None:
     return Group(
         coordinator=_coordinator(environ, first, _TPU_PORT),
         processes=slices * len(hosts),
-        process=int(environ.get("MEGASCALE_SLICE_ID") or 0) * len(hosts) + number(environ, "TPU_WORKER_ID"),
+        process=int(environ.get("MEGASCALE_SLICE_ID") or 0) * len(hosts) + whole_number(environ, "TPU_WORKER_ID"),
         source="TPU on GKE",
     )
 
@@ -171,7 +171,7 @@ def line(group: Group) -> str:
     return where if group.devices is None else f"{where}; GPUs {','.join(map(str, group.devices))} of this node's"
 
 
-def number(environ: Mapping[str, str], name: str) -> int:
+def whole_number(environ: Mapping[str, str], name: str) -> int:
     """A whole number of the environment; ValueError for anything else."""
     text = environ.get(name, "")
     if not re.fullmatch(r"-?\d+", text):

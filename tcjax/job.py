@@ -73,7 +73,8 @@ def train_run(run: Run, *, root: Path, out: Path, quiet: bool = False, began: fl
     Args:
         began: Unix time of the start, if it was long before now (tcjax.train.goodput).
     """
-    began, config, quiet = began or time.time(), run.model, quiet or not is_first()
+    config: Any = run.model
+    began, quiet = began or time.time(), quiet or not is_first()
     if isinstance(config, VlmConfig):  # before gigabytes are read
         open_chat(root / run.data.tokenizer, run.data.template).check_vocab(config.llm.vocab)
     opened = [open_source(root, source) for source in run.data.sources]

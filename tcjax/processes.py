@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from tcjax.clusters import find, line, number
+from tcjax.clusters import find, line, whole_number
 
 HEARTBEAT = "TCJAX_HEARTBEAT_SECONDS"  # without a sign of life, after which a process counts as lost
 JOIN = "TCJAX_JOIN_SECONDS"  # a process waits for the coordinator, and the coordinator for the processes
@@ -121,7 +121,7 @@ def _await(coordinator: str, seconds: int) -> None:
 
 
 def _seconds(name: str) -> int:
-    seconds = number(os.environ, name) if os.environ.get(name) else DEFAULTS[name]
+    seconds = whole_number(os.environ, name) if os.environ.get(name) else DEFAULTS[name]
     if seconds < 1:
         raise ValueError(f"{name}={seconds}: takes whole seconds from 1 up.")
     return seconds

@@ -1,7 +1,8 @@
 """Checkpoints: the trainable side, the optimiser, the data iterator's place, and who the frozen parts were.
 
 Orbax v1, asynchronous; a step is there when its commit marker is, so a kill or a full disk in mid-save leaves the
-previous one. Every process writes and reads what lies on its devices; how many there are, and their mesh, may change. Frozen weights are not saved: their content hashes are, and restoring beside other ones is refused.
+previous one. Every process writes and reads what lies on its devices; their number and mesh may change in between.
+Frozen weights are not saved: their content hashes are, and restoring beside other ones is refused.
 """
 
 from __future__ import annotations
