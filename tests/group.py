@@ -1,10 +1,12 @@
 """Run by tests/test_processes.py: `python -m tests.group PROJECT PORT COUNT NUMBER ACCIDENT` trains as one of COUNT processes.
 
-ACCIDENT: "term RANK STEP" or "kill RANK STEP": at the STEP-th batch of that process it gets the signal; "" is none. Behind
-the accident batches take a while, so that what follows falls into the training. "other" tries another frozen model first.
+ACCIDENT: "term RANK STEP" or "kill RANK STEP": that process gets the signal at its STEP-th batch, or soon after it. Batches
+take a while, so that what follows falls into the training. A run that will be killed tries to resume
+with another frozen model first.
 """
 
 import dataclasses
+import json
 import os
 import signal
 import sys
@@ -15,11 +17,12 @@ from typing import Any
 from tcjax import job, processes
 from tcjax.compressors import resampler
 from tcjax.config import DataConfig, MeshConfig, Run, Source, TrainConfig
+from tcjax.train import goodput
 from tcjax.train.checkpoint import CheckpointMismatch
 from tests.tiny import LLM, TOWER, VLM
 from tests.tiny_boards import PIXELS
 
-STEPS = 22
+STEPS, EVERY = 18, 3
 SIGNALS = {"term": signal.SIGTERM, "kill": signal.SIGKILL}
 
 
@@ -32,7 +35,7 @@ def a_run(devices: int, *, layers: int = 2) -> Run:
         name="group/run",
         model=dataclasses.replace(VLM, tower=tower, compressor=compressor, llm=llm),
         data=DataConfig(sources=(Source(path="data/digit_boards"),), tokenizer="tokenizer.json", batch=8, threads=0),
-        train=TrainConfig(steps=STEPS, peak_lr=1e-2, log_every=1, save_every=3, keep=3),
+        train=TrainConfig(steps=STEPS, peak_lr=1e-2, log_every=1, save_every=EVERY, keep=3),
         mesh=MeshConfig(data=devices // 2, fsdp=2),
     )
 
@@ -49,10 +52,14 @@ class Accident:
 
     def __next__(self) -> Any:
         self._count += 1
-        if self._mine and self._count == self._step:
-            (self._folder / f"{self._name}.time").write_text(str(time.time()))
-            os.kill(os.getpid(), SIGNALS[self._name])
-        if self._count >= self._step:
+        done = self._batches.get_state()["next_index"]
+        # A kill comes two steps behind a checkpoint, so that some are lost.
+        if self._count >= self._step and (self._name == "term" or done % EVERY == EVERY - 1):
+            if self._mine:
+                self._mine = False
+                (self._folder / self._name).write_text(json.dumps({"at": time.time(), "done": done}))
+                os.kill(os.getpid(), SIGNALS[self._name])
+        if self._count > 1:
             time.sleep(0.25)
         return next(self._batches)
 
@@ -64,20 +71,18 @@ def main(project: str, port: str, count: str, number: str, accident: str) -> Non
     import jax
 
     root, words = Path(project), accident.split()
-    if words[:1] == ["other"]:
-        words = words[1:]
+    if words[:1] == ["kill"]:
         try:
             job.train_run(a_run(jax.device_count(), layers=1), root=root, out=root / "out", quiet=True)
         except CheckpointMismatch as error:
             print(f"REFUSED {error}", flush=True)
-    if words:
-        name, rank, step = words
-        real = job.make_input
+    (name, rank, step), real = words, job.make_input
 
-        def make_input(*args: Any, **kwargs: Any) -> Any:
-            return Accident(real(*args, **kwargs), name, int(step), rank == number, root)
+    def make_input(*args: Any, **kwargs: Any) -> Any:
+        return Accident(real(*args, **kwargs), name, int(step), rank == number, root)
 
-        job.make_input = make_input
+    job.make_input = make_input
+    goodput._EVERY = 0.0  # a line for every step
     job.train_run(a_run(jax.device_count()), root=root, out=root / "out", began=began)
 
 
