@@ -110,7 +110,9 @@ def _from_open_mpi(environ: Mapping[str, str]) -> Group | None:
 
 def _from_gke(environ: Mapping[str, str]) -> Group | None:
     workers = environ.get("TPU_PROCESS_ADDRESSES") or environ.get("TPU_WORKER_HOSTNAMES", "")
-    if not workers or not environ.get("TPU_WORKER_ID"):
+    if (
+        not workers or " " in workers or not environ.get("TPU_WORKER_ID")
+    ):  # libtpu writes a sentence where it knows none
         return None
     hosts = [worker.partition(":")[0] for worker in workers.split(",")]
     slices = int(environ.get("MEGASCALE_NUM_SLICES") or 1)

@@ -54,11 +54,11 @@ class Accident:
         self._count += 1
         done = self._batches.get_state()["next_index"]
         # A kill comes two steps behind a checkpoint, so that some are lost.
-        if self._count >= self._step and (self._name == "term" or done % EVERY == EVERY - 1):
-            if self._mine:
-                self._mine = False
-                (self._folder / self._name).write_text(json.dumps({"at": time.time(), "done": done}))
-                os.kill(os.getpid(), SIGNALS[self._name])
+        timely = self._count >= self._step and (self._name == "term" or done % EVERY == EVERY - 1)
+        if self._mine and timely:
+            self._mine = False
+            (self._folder / self._name).write_text(json.dumps({"at": time.time(), "done": done}))
+            os.kill(os.getpid(), SIGNALS[self._name])
         if self._count > 1:
             time.sleep(0.25)
         return next(self._batches)

@@ -1,5 +1,6 @@
 """Several processes are one training: same losses, one agreed stop, no wait for the dead, any number of them goes on."""
 
+import dataclasses
 import json
 import os
 import re
@@ -16,6 +17,7 @@ import pytest
 
 from tcjax import job, processes
 from tcjax.cli import main
+from tcjax.config import Source
 from tcjax.export.artifact import load_artifact
 from tcjax.study import rows
 from tcjax.train.goodput import FILE, summary
@@ -202,3 +204,11 @@ def test_a_coordinator_that_does_not_answer_is_said_in_one_line(project, capsys,
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert f"the coordinator localhost:{port} did not answer for 1 s" in said and "TCJAX_JOIN_SECONDS" in said
+
+
+def test_a_missing_dataset_is_said_before_weights_are_loaded(project, monkeypatch):
+    run = group.a_run(8)
+    missing = dataclasses.replace(run.data, sources=(Source(path="data/nowhere"),))
+    monkeypatch.setattr(job, "_assembled", lambda *args: pytest.fail("weights were loaded"))
+    with pytest.raises(ValueError, match="nowhere"):
+        job.train_run(run.replace(data=missing), root=project, out=project / "none", quiet=True)
