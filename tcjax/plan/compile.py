@@ -124,7 +124,7 @@ def compile_step(step: Step, topology: Topology, *, probe: bool = False) -> Comp
             thread.join(0.2)
         seconds = time.perf_counter() - start
         if "error" in found:
-            raise _refused(found["error"])
+            raise _refused(found["error"]) from found["error"]
         hlo = _partitioned(Path(dump))
     memory = None if probe else _memory(found["executable"].memory_analysis(), topology)
     if memory and memory.peak > memory.available:
