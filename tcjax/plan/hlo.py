@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _NAMED = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = ")
 _ARRAY = re.compile(r"([a-z][a-z0-9]*)\[([\d,<=]*)\]")
-_SAME = ("copy", "convert", "bitcast", "reshape", "opt-barrier")
+SAME = ("copy", "convert", "bitcast", "reshape", "opt-barrier")
 
 
 class Array(NamedTuple):
@@ -240,7 +240,7 @@ def _steps(module: Module, body: Computation) -> dict[int, int | None]:
 
 def _start(module: Module, caller: Computation, loop: Instruction, element: int) -> Any:
     state = caller.instructions[loop.operands[0]]
-    while state.opcode in _SAME:
+    while state.opcode in SAME:
         state = caller.instructions[state.operands[0]]
     if state.opcode != "tuple":
         return None
@@ -256,7 +256,7 @@ def _value(module: Module, inside: Computation, one: Instruction | None, given: 
         return given[index] if index < len(given) else None
     if one.opcode == "constant":
         return int(one.inside) if re.fullmatch(r"-?\d+", one.inside) else None
-    if one.opcode in _SAME and several:
+    if one.opcode in SAME and several:
         return _value(module, inside, several[0], given)
     if one.opcode == "get-tuple-element" and _value(module, inside, several[0], given) == ("state",):
         return ("element", int(one.attribute("index") or 0))

@@ -27,7 +27,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from tcjax.plan.groups import Groups, groups, pairs
-from tcjax.plan.hlo import Array, Computation, Instruction, Module, branches, called, parse, turns
+from tcjax.plan.hlo import SAME, Array, Computation, Instruction, Module, branches, called, parse, turns
 
 _KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _UNKNOWN = ("ragged-all-to-all", "collective-broadcast", "send", "recv")
@@ -182,12 +182,16 @@ def _groups(one: Instruction, kind: str, partitions: int) -> Groups:
 
 
 def _shared_out(live: dict[str, Instruction], one: Instruction, n: int) -> bool:
-    """Whether every reader takes one n-th of it, cut by the device's number."""
+    """Whether every reader, behind copies and reshapes, takes one n-th of it."""
     readers = [other for other in live.values() if one.name in other.operands]
     size = math.prod(one.result[0].shape)
-    return bool(readers) and all(
-        other.opcode == "dynamic-slice" and math.prod(other.result[0].shape) * n == size for other in readers
-    )
+
+    def shares(reader: Instruction) -> bool:
+        if reader.opcode in SAME:
+            return _shared_out(live, reader, n)
+        return reader.opcode == "dynamic-slice" and math.prod(reader.result[0].shape) * n == size
+
+    return bool(readers) and all(map(shares, readers))
 
 
 def _edges(sent: tuple[tuple[int, int], ...], island_of: tuple[int, ...]) -> tuple[int, int]:
