@@ -28,7 +28,7 @@ ROWS, S = 4, 33  # 32 positions predict one: a turn of the loss
 def a_step(config=CONFIG, *, rows=ROWS, positions=S, accumulate=1, remat="none", trainable=("compressor",)):
     """(step, abstract state, frozen, batch and number): the trainer's own step."""
     model = nnx.eval_shape(lambda: config.build(nnx.Rngs(0)))
-    recompute(model, remat == "full")
+    recompute(model, remat)
     graphdef, learning, frozen = split(model, trainable)
     optimiser = make_optimiser(TrainConfig(steps=6))
     state = jax.eval_shape(lambda learning: init(learning, optimiser), learning)
