@@ -1,6 +1,5 @@
 """Bytes between devices: on programs written by hand, and on compiled ones whose traffic is known beforehand."""
 
-import glob
 import re
 
 import jax
@@ -11,6 +10,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tcjax.plan.groups import groups, pairs
 from tcjax.plan.hlo import parse, turns
 from tcjax.plan.traffic import traffic
+from tests.partitioned import partitioned
 
 EIGHT = tuple(range(8))
 FOUR_BY_TWO = ((0, 2, 4, 6), (1, 3, 5, 7))
@@ -244,15 +244,6 @@ def test_of_a_choice_the_heaviest_branch_counts():
         assert traffic(program, (0,) * 8).ici_bytes == 2 * 512 * 7 // 8
 
 
-def partitioned(function, *args, folder) -> str:
-    """The program of `function` right after SPMD partitioning."""
-    options = {"xla_dump_to": str(folder), "xla_dump_hlo_pass_re": "spmd.*"}
-    jax.jit(function).lower(*args).compile(compiler_options=options)
-    (path,) = glob.glob(f"{folder}/*after_spmd-partitioning*")
-    with open(path) as file:
-        return file.read()
-
-
 def a_mesh(data: int, fsdp: int) -> jax.sharding.Mesh:
     devices = jax.devices()[: data * fsdp]
     return jax.make_mesh((data, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=devices)
@@ -276,29 +267,29 @@ def a_stack(mesh, dtype, layers=5, width=16):
 
 
 @pytest.mark.parametrize(("data", "fsdp"), [(1, 2), (1, 4), (1, 8), (2, 4)])
-def test_a_scan_gathers_each_layer_once(data, fsdp, tmp_path):
+def test_a_scan_gathers_each_layer_once(data, fsdp):
     run, weights, x = a_stack(a_mesh(data, fsdp), jnp.bfloat16)
-    counted = traffic(partitioned(run, weights, x, folder=tmp_path), [i // fsdp for i in range(data * fsdp)])
+    counted = traffic(partitioned(jax.jit(run).lower(weights, x)), [i // fsdp for i in range(data * fsdp)])
     whole = 5 * 16 * 16 * 2
     assert (counted.of("all-gather"), counted.ici_bytes) == (whole, whole * (fsdp - 1) // fsdp)
     assert (counted.dcn_bytes, counted.unknown_loops) == (0, ())
 
 
-def test_optimised_text_agrees_with_partitioned_text(tmp_path):
+def test_optimised_text_agrees_with_partitioned_text():
     """In float32: the CPU's compiler gathers bfloat16 as float32."""
     run, weights, x = a_stack(a_mesh(2, 4), jnp.float32)
     islands = [0, 0, 0, 0, 1, 1, 1, 1]
-    first = traffic(partitioned(run, weights, x, folder=tmp_path), islands)
+    first = traffic(partitioned(jax.jit(run).lower(weights, x)), islands)
     last = traffic(jax.jit(run).lower(weights, x).compile().as_text(), islands)
     assert first.ici_bytes == last.ici_bytes == 5 * 16 * 16 * 4 * 3 // 4
 
 
-def test_the_gradient_of_a_replicated_weight_crosses_islands_once(tmp_path):
+def test_the_gradient_of_a_replicated_weight_crosses_islands_once():
     mesh = a_mesh(2, 4)
     rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
     x = jax.ShapeDtypeStruct((8, 16), jnp.float32, sharding=rows)
     weight = jax.ShapeDtypeStruct((16, 16), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec()))
-    text = partitioned(lambda w, x: jax.grad(lambda w: jnp.tanh(x @ w).sum())(w), weight, x, folder=tmp_path)
-    counted = traffic(text, [0, 0, 0, 0, 1, 1, 1, 1])
+    gradient = jax.jit(jax.grad(lambda weight, x: jnp.tanh(x @ weight).sum()))
+    counted = traffic(partitioned(gradient.lower(weight, x)), [0, 0, 0, 0, 1, 1, 1, 1])
     assert [(c.kind, c.shape, c.islands) for c in counted.collectives] == [("all-reduce", (16, 16), 2)]
     assert (counted.ici_bytes, counted.dcn_bytes) == (2 * 1024 * 3 // 4, 2 * 1024 // 8)

@@ -10,7 +10,7 @@ from flax import nnx
 from tcjax.batch import Batch
 from tcjax.compressors import avg_pool
 from tcjax.config import TrainConfig
-from tcjax.evaluate.cost import head_flops, llm_flops, training_flops
+from tcjax.evaluate.cost import llm_flops, training_flops
 from tcjax.evaluate.flops import matmul_bytes, matmul_flops
 from tcjax.loss import next_token
 from tcjax.plan.predict import EFFICIENCY, Prediction, predict
