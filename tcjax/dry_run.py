@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AbstractMesh
 from rich.console import Console
@@ -26,13 +25,11 @@ from rich.text import Text
 
 from tcjax.batch import Batch
 from tcjax.config import MeshConfig, Run
-from tcjax.evaluate.cost import training_flops
 from tcjax.pipeline.chat import Chat, Composed, open_chat
 from tcjax.pipeline.source import open_source
-from tcjax.shapes import abstract_batch, held, parts, ways
+from tcjax.shapes import abstract_batch, held, parts, useful_flops, ways
 from tcjax.sharding import MESH_AXES, check_batch
 from tcjax.train.state import cast, compute_dtype, part_of
-from tcjax.vlm import VlmConfig
 
 
 def dry_run(run: Run, *, root: Path) -> dict[str, Any]:
@@ -46,10 +43,8 @@ def dry_run(run: Run, *, root: Path) -> dict[str, Any]:
     config: Any = run.model
     mesh = _mesh(run.mesh)
     check_batch(run.data.batch, mesh, run.train.accumulate)
-    how = run.train
     graphdef, trainable, frozen = parts(run)
     learned = held(trainable, mesh)
-    cached = bool(run.train.feature_cache)
     figures: dict[str, Any] = {
         "parameters": _of_parts(trainable, frozen),
         "learning": _of_parts(trainable),
@@ -59,11 +54,8 @@ def dry_run(run: Run, *, root: Path) -> dict[str, Any]:
         "mesh": dict(mesh.shape),
         "steps": run.train.steps,
         "samples": run.train.steps * run.data.batch,
-        "flops": None,
+        "flops": useful_flops(run),
     }
-    if isinstance(config, VlmConfig):
-        each = training_flops(config, run.data.text_length, how.trainable, lora=how.lora, cached_features=cached)
-        figures["flops"] = run.data.batch * each
     return figures | _data(run, root, config.num_queries)
 
 

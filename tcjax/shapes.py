@@ -16,8 +16,10 @@ from jax.sharding import AbstractMesh, Mesh
 from tcjax.assemble import abstract
 from tcjax.batch import Batch
 from tcjax.config import Run
+from tcjax.evaluate.cost import training_flops
 from tcjax.sharding import spec
 from tcjax.train.state import recompute, split
+from tcjax.vlm import VlmConfig
 
 
 def parts(run: Run) -> tuple[Any, Any, Any]:
@@ -61,6 +63,15 @@ def abstract_batch(run: Run, rows: int) -> Batch:
         index_B=array(jnp.int32, lead=images),
         **seen,
     )
+
+
+def useful_flops(run: Run) -> int | None:
+    """Of one step, every position filled and supervised; None where no formula is known."""
+    if not isinstance(run.model, VlmConfig):
+        return None
+    how, cached = run.train, bool(run.train.feature_cache)
+    each = training_flops(run.model, run.data.text_length, how.trainable, lora=how.lora, cached_features=cached)
+    return run.data.batch * each
 
 
 def held(state: Any, mesh: Mesh | AbstractMesh) -> int:

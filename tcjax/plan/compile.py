@@ -2,11 +2,13 @@
 
     parts, state, batch as shapes      tcjax.shapes, laid by tcjax.sharding on a mesh of the topology's devices
     make_step, jit_step                tcjax.train.step, as tcjax.train.loop calls them
-    program                            XLA's text right after SPMD partitioning: every device's own program, collectives in
-                                       it by name, loops not yet unrolled or pipelined (later the compiler splits and hides them)
+    "program"     2 s   XLA's text right after SPMD partitioning: every device's own program, its collectives by name
+    "memory"      5 s   optimised, scheduled, every buffer at its place in memory, or refused: the compiler's last word on
+                        whether it fits. It writes this assignment to its dump and then generates code for minutes
+    "code"      120 s   an executable, which shows that the code generator takes the program as well
 
-Cost: 40 to 130 s on two CPU cores and below 2 GB for a 7B to 70B decoder, whatever the number of chips. A program that does
-not fit is refused by the compiler in seconds. Runs in a process of its own (tcjax/plan/worker.py).
+Seconds are those of LLaVA-1.5-7B on two CPU cores, whatever the number of chips; memory is 0.8 GB up to "memory", 3 GB for
+"code". Runs in a process of its own (tcjax/plan/worker.py), which ends when it has its answer, the compiler with it.
 """
 
 from __future__ import annotations
@@ -30,12 +32,16 @@ from tcjax.train.optimiser import make_optimiser
 from tcjax.train.state import compute_dtype, init
 from tcjax.train.step import jit_step, make_step
 
+DEPTHS = ("program", "memory", "code")
+
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _USED = (
     r"Used (?P<needs>[\d.]+)(?P<n>[KMGT]?) of (?P<has>[\d.]+)(?P<h>[KMGT]?) hbm",
     r"\((?P<needs>[\d.]+)(?P<n>[KMGT]?)B?\) exceeds available HBM \((?P<has>[\d.]+)(?P<h>[KMGT]?)B?\)",
 )
 _PARTITIONED = re.compile(r"\.after_(tpu-)?spmd-partitioning\.before_.*\.txt$")
+_ALLOCATION = re.compile(r"^allocation \d+: (?:0x[0-9a-f]+, )?size (\d+)(?:, color (\d+))?(.*):$", re.MULTILINE)
+_HBM = ("", "0")  # colours of buffers; the others are on the chip or in the host's memory
 
 
 class DoesNotFit(ValueError):
@@ -47,7 +53,7 @@ class DoesNotFit(ValueError):
 
 
 class Memory(NamedTuple):
-    """Bytes of one device. peak: at the worst moment, arguments included. alias: output that lies where arguments lay."""
+    """Bytes of one device. peak: what has to be there, arguments included. alias: output that lies where arguments lay."""
 
     peak: int
     available: int
@@ -58,20 +64,23 @@ class Memory(NamedTuple):
 
 
 class Compiled(NamedTuple):
-    """mesh: its devices. memory: None of a probe. hlo: text right after SPMD partitioning. seconds: of XLA alone."""
+    """memory: None at depth "program". hlo: text right after SPMD partitioning. seconds: of XLA alone."""
 
-    mesh: Mesh
     memory: Memory | None
     hlo: str
     seconds: float
 
 
 class Step(NamedTuple):
-    """What there is to compile: `function` pure and `jitted` of `arguments`, shapes that lie on `mesh`."""
+    """What there is to compile: `jitted` of `arguments`, shapes that lie on `mesh`.
+
+    function: the pure step. share: what one device sees of its arguments, with every weight whole.
+    """
 
     function: Any
     jitted: Any
     arguments: tuple[Any, ...]
+    share: tuple[Any, ...]
     mesh: Mesh
 
 
@@ -94,22 +103,24 @@ def step_of(run: Run, mesh: Mesh) -> Step:
     batch = jax.tree.map(lambda leaf: _lying(leaf, rows), abstract_batch(run, run.data.batch))
     number = jax.ShapeDtypeStruct((), jnp.int32)
     laid = (jax.tree.map(_lying, tree, shardings(tree, mesh)) for tree in (state, frozen))
-    return Step(step, jit_step(step, state, mesh), (*laid, batch, number), mesh)
+    own = abstract_batch(run, run.data.batch // (mesh.shape["data"] * mesh.shape["fsdp"]))
+    return Step(step, jit_step(step, state, mesh), (*laid, batch, number), (state, frozen, own, number), mesh)
 
 
 def mesh_of(run: Run, topology: Topology) -> Mesh:
     return make_mesh(run.mesh, topology.devices())
 
 
-def compile_step(step: Step, topology: Topology, *, probe: bool = False) -> Compiled:
-    """Compile it. probe: only until it is partitioned, or refused; the compiler then goes on in a thread of its own.
+def compile_step(step: Step, topology: Topology, depth: str = "memory") -> Compiled:
+    """Compile it to this depth, one of DEPTHS; the compiler may be left behind in a thread of its own.
 
     Raises:
-        DoesNotFit: the compiler, or the sum of what it needs against what there is, says so.
+        DoesNotFit: the compiler, or what it needs against what there is, says so.
     """
     lowered = step.jitted.trace(*step.arguments).lower()
-    with tempfile.TemporaryDirectory(prefix="tcjax-plan-", ignore_cleanup_errors=True) as dump:
-        options = {"xla_dump_to": dump, "xla_dump_hlo_pass_re": ".*spmd-partitioning"}
+    with tempfile.TemporaryDirectory(prefix="tcjax-plan-", ignore_cleanup_errors=True) as folder:
+        dump = Path(folder)
+        options = {"xla_dump_to": folder, "xla_dump_hlo_pass_re": ".*spmd-partitioning"}
         start, found = time.perf_counter(), {}
 
         def work() -> None:
@@ -120,20 +131,31 @@ def compile_step(step: Step, topology: Topology, *, probe: bool = False) -> Comp
 
         thread = threading.Thread(target=work, daemon=True)
         thread.start()
-        while thread.is_alive() and not (probe and _partitioned(Path(dump))):
-            thread.join(0.2)
+        while thread.is_alive() and not _reached(dump, depth):
+            thread.join(0.1)
         seconds = time.perf_counter() - start
         if "error" in found:
             raise _refused(found["error"]) from found["error"]
-        hlo = _partitioned(Path(dump))
-    memory = None if probe else _memory(found["executable"].memory_analysis(), topology)
+        hlo = _partitioned(dump)
+        if "executable" in found:
+            memory = _memory(found["executable"].memory_analysis(), topology)
+        else:
+            memory = _assigned(dump, topology) if depth == "memory" else None
     if memory and memory.peak > memory.available:
         raise DoesNotFit(memory.peak, memory.available)
-    return Compiled(step.mesh, memory, hlo, seconds)
+    return Compiled(memory, hlo, seconds)
 
 
 def _lying(leaf: Any, sharding: NamedSharding) -> Any:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _reached(dump: Path, depth: str) -> bool:
+    if depth == "program":
+        return bool(_partitioned(dump))
+    # What libtpu and the CUDA compiler write first once they have accepted an assignment.
+    beyond = any(dump.glob("*_after_buffer_assignment.txt")) or any(dump.glob("*.ir-no-opt.ll"))
+    return depth == "memory" and beyond and bool(_partitioned(dump))
 
 
 def _partitioned(dump: Path) -> str:
@@ -143,6 +165,23 @@ def _partitioned(dump: Path) -> str:
         return ""
     text = max(files, key=lambda path: path.stat().st_size).read_text()
     return text if text.rstrip().endswith("}") and "\nENTRY " in text else ""
+
+
+def _assigned(dump: Path, topology: Topology) -> Memory:
+    """The compiler's buffer assignment, of its largest module."""
+    text = max((path.read_text() for path in dump.glob("*-buffer-assignment.txt")), key=len)
+    peak = arguments = temporaries = output = alias = 0
+    for number, colour, kind in _ALLOCATION.findall(text):
+        if colour not in _HBM:
+            continue
+        size = int(number)
+        peak += size
+        given, live = ", parameter " in kind, "maybe-live-out" in kind
+        arguments += size * given
+        output += size * live
+        alias += size * (given and live)
+        temporaries += size * ("preallocated-temp" in kind)
+    return Memory(peak, topology.chip.hbm_bytes, arguments, temporaries, output, alias)
 
 
 def _memory(stats: Any, topology: Topology) -> Memory:
@@ -158,4 +197,4 @@ def _refused(error: Exception) -> Exception:
         if found := re.search(pattern, text):
             needs = float(found["needs"]) * _UNITS[found["n"]]
             return DoesNotFit(int(needs), int(float(found["has"]) * _UNITS[found["h"]]))
-    return error
+    return ValueError(f"the compiler refused the step: {text.partition(chr(10))[0]}")
