@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from tcjax.config import Run
+from jax.sharding import AbstractMesh
+
+from tcjax.config import MeshConfig, Run
 from tcjax.plan.answers import FOLDER, answer
 from tcjax.plan.predict import EFFICIENCY, predict
 from tcjax.plan.topology import Topology
 from tcjax.plan.traffic import Traffic
 from tcjax.plan.worker import Facts, Refused
 from tcjax.shapes import useful_flops
+from tcjax.sharding import MESH_AXES, check_batch, mesh_sizes
 
 GIB = 2**30
 
@@ -96,8 +99,25 @@ def plan(
     Raises:
         ValueError: mesh, batch or config do not go together, or the compiler for this machine is missing.
     """
+    run = laid_out(run, topology)
     found, cached = answer(run, topology, depth, folder=root / FOLDER, say=say)
     return of_facts(run, topology, found, cached=cached)
+
+
+def laid_out(run: Run, topology: Topology, **changes: int) -> Run:
+    """The run with its mesh's sizes spelt out for this machine. ValueError if they or the batch do not divide.
+
+    changes: data, fsdp, tensor or batch instead of the run's own.
+    """
+    batch = changes.pop("batch", run.data.batch)
+    data, fsdp, tensor = mesh_sizes(replace(run.mesh, **changes), topology.num_devices)
+    if data % topology.slices:
+        raise ValueError(
+            f"mesh.data={data} must be a multiple of the {topology.slices} slices, between which only data goes: "
+            f"--mesh.data {topology.slices} --mesh.fsdp -1."
+        )
+    check_batch(batch, AbstractMesh((data, fsdp, tensor), MESH_AXES), run.train.accumulate)
+    return run.replace(mesh=MeshConfig(data=data, fsdp=fsdp, tensor=tensor), data=replace(run.data, batch=batch))
 
 
 def of_facts(run: Run, topology: Topology, found: Facts | Refused, *, cached: bool) -> Plan:
@@ -113,10 +133,8 @@ def of_facts(run: Run, topology: Topology, found: Facts | Refused, *, cached: bo
         "cached": cached,
     }
     if isinstance(found, Refused):
-        sizes = (run.mesh.data, run.mesh.fsdp, run.mesh.tensor)
-        mesh = dict(zip(("data", "fsdp", "tensor"), sizes, strict=True))
         verdict = f"does not fit: needs {found.needs / GIB:.2f} GiB of {found.has / GIB:.2f} GiB per device"
-        return Plan(**about, mesh=mesh, fits=False, verdict=verdict, peak=found.needs, available=found.has)
+        return Plan(**about, mesh=asdict(run.mesh), fits=False, verdict=verdict, peak=found.needs, available=found.has)
     memory = found.memory or {}
     flops = found.executed_flops / topology.num_devices
     seen = predict(flops, found.hbm_bytes, Traffic(found.ici_bytes, found.dcn_bytes, ()), topology.chip)
