@@ -120,7 +120,7 @@ def compile_step(step: Step, topology: Topology, depth: str = "memory") -> Compi
     lowered = step.jitted.trace(*step.arguments).lower()
     with tempfile.TemporaryDirectory(prefix="tcjax-plan-", ignore_cleanup_errors=True) as folder:
         dump = Path(folder)
-        options = {"xla_dump_to": folder, "xla_dump_hlo_pass_re": ".*spmd-partitioning"}
+        options = {"xla_dump_to": folder, "xla_dump_hlo_pass_re": ".*spmd-partitioning", **_options(topology)}
         start, found = time.perf_counter(), {}
 
         def work() -> None:
@@ -144,6 +144,11 @@ def compile_step(step: Step, topology: Topology, depth: str = "memory") -> Compi
     if memory and memory.peak > memory.available:
         raise DoesNotFit(memory.peak, memory.available)
     return Compiled(memory, hlo, seconds)
+
+
+def _options(topology: Topology) -> dict[str, Any]:
+    """Matrices by cuBLAS: without a GPU to try tile sizes on, XLA's own (Triton) kernels refuse some small shapes."""
+    return {} if topology.chip.axes else {"xla_gpu_enable_triton_gemm": False}
 
 
 def _lying(leaf: Any, sharding: NamedSharding) -> Any:

@@ -16,7 +16,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import jax
 from jax.sharding import AbstractMesh
 
 from tcjax.config import Run
@@ -24,8 +23,6 @@ from tcjax.plan.plan import GIB, Plan, laid_out, plan, say_nothing
 from tcjax.plan.topology import Topology
 from tcjax.shapes import held, parts
 from tcjax.sharding import MESH_AXES, mesh_sizes
-from tcjax.train.optimiser import make_optimiser
-from tcjax.train.state import init
 
 MOST = 8  # answers to ask for on the way to the largest batch
 ROWS = 4096  # per device: more are not tried
@@ -65,8 +62,14 @@ def candidates(run: Run, topology: Topology) -> list[tuple[int, int]]:
     if run.data.batch % (ways * run.train.accumulate):
         laid_out(run, topology, data=ways // most, fsdp=most)  # says which batches divide
     shares = [size for size in range(1, most + 1) if most % size == 0]
-    weights = {size: _arguments(run, (ways // size, size, tensor)) for size in shares}
-    fit = [size for size in shares if weights[size] < topology.chip.hbm_bytes]
+    _, trainable, frozen = parts(run)
+
+    def arguments(size: int) -> int:
+        """Bytes of weights and moments on one device."""
+        mesh = AbstractMesh((ways // size, size, tensor), MESH_AXES)
+        return 3 * held(trainable, mesh) + held(frozen, mesh)
+
+    fit = [size for size in shares if arguments(size) < topology.chip.hbm_bytes]
     if not fit:
         return []
     wanted = {fit[0], 2 * fit[0], 4 * fit[0], most}
@@ -87,7 +90,7 @@ def largest_batch(run: Run, topology: Topology, *, root: Path, say: Say = say_no
     if not ask(1):
         return None
     fits, too_many = 1, None
-    wanted = max(run.data.batch // unit, 2)
+    wanted = max(run.data.batch // unit, 8)
     while len(plans) < MOST and fits < ROWS and (too_many is None or too_many - fits > max(fits // 16, 1)):
         rows = wanted if len(plans) == 1 else _next(plans, fits, too_many)
         if ask(rows):
@@ -125,7 +128,7 @@ def _next(plans: dict[int, Plan], fits: int, too_many: int | None) -> int:
     room = plans[fits].available - plans[fits].peak
     guess = int(fits + 0.98 * room / slope) if slope > 0 else 2 * fits
     if too_many is None:
-        return min(max(guess, fits + max(fits // 16, 1)), 8 * fits, ROWS)
+        return min(max(guess, fits + max(fits // 16, 1)), 64 * fits, ROWS)
     middle = (fits + too_many) // 2
     return guess if fits < guess < too_many else middle
 
@@ -133,14 +136,6 @@ def _next(plans: dict[int, Plan], fits: int, too_many: int | None) -> int:
 def _unit(run: Run, topology: Topology) -> int:
     data, fsdp, _ = mesh_sizes(run.mesh, topology.num_devices)
     return data * fsdp * run.train.accumulate
-
-
-def _arguments(run: Run, sizes: tuple[int, int, int]) -> int:
-    """Bytes of weights and state on one device."""
-    mesh = AbstractMesh(sizes, MESH_AXES)
-    _, trainable, frozen = parts(run)
-    state = jax.eval_shape(lambda trainable: init(trainable, make_optimiser(run.train)), trainable)
-    return held(trainable, mesh) + held(frozen, mesh) + held(state.optimiser, mesh)
 
 
 def _row(one: Plan) -> dict[str, Any]:
