@@ -266,7 +266,7 @@ def test_the_search_takes_the_fewest_shares_that_win(tmp_path, compiler):
     assert candidates(RUN, V5E) == [(16, 1), (8, 2), (4, 4), (1, 16)], "a tiny model fits anywhere by its own bytes"
     fits = {row["mesh"]["fsdp"]: row["fits"] for row in found.search["meshes"]}
     assert fits == {1: False, 2: False, 4: True, 16: True}
-    assert found.fits and found.mesh["fsdp"] == 16, "equal predictions: less memory wins"
+    assert found.fits and found.mesh["fsdp"] == 16, "equal predictions and traffic: less memory wins"
     assert found.search["largest"]["batch"] == 16 * found.search["rows_per_device"] > RUN.data.batch
     asked = len(compiler.asked)
     assert search(RUN, V5E, root=tmp_path) == dataclasses.replace(found, cached=True) and len(compiler.asked) == asked

@@ -1,6 +1,6 @@
 """What would training cost, and on what? Stage 1 of LLaVA-1.5 with 64 visual and 128 text tokens, planned on machines.
 
-    python experiments/plans/study.py [--only NAME]      writes plans.jsonl and plans.md beside this file
+    python -m experiments.plans.study [--only NAME]      writes plans.jsonl and plans.md beside this file
 
 Every row is one `tcjax plan` command; its answer is kept in runs/plans, so that a run that was stopped goes on where it was.
 About 20 s a row the first time, on two CPU cores and below 2 GB.
@@ -112,7 +112,7 @@ def table(rows: list[dict]) -> str:
     lines = [
         "# Plans",
         "",
-        "Per device; step and hours are predictions. Made by `python experiments/plans/study.py`.",
+        "Per device; step and hours are predictions. Made by `python -m experiments.plans.study`.",
         "",
     ]
     heads = (

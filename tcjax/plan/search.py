@@ -2,7 +2,8 @@
 
     meshes      data x fsdp over the devices, tensor as the run has it: the fewest shares in which weights and state fit by
                 their own bytes, twice and four times that, and all of them. More shares take less memory; with no shares
-                nothing is gathered. Of those that fit the one whose step is predicted fastest is best
+                nothing is gathered. Of those that fit the one whose step is predicted fastest is best, of equals the
+                one that sends least
     batch       rows per device: memory grows in a nearly straight line with them, so every answer says what to try next,
                 until what fits and what does not are within a sixteenth (a refused program says what it would need)
 
@@ -38,7 +39,7 @@ def search(run: Run, topology: Topology, *, root: Path, say: Say = say_nothing) 
     tried = [_on_mesh(run, topology, sizes, root, say) for sizes in candidates(run, topology)]
     if not tried:
         return replace(plan(run, topology, root=root, say=say), search={"meshes": []})
-    best = min(tried, key=lambda one: (not one.fits, one.step_seconds or 0.0, one.peak))
+    best = min(tried, key=_rank)
     chosen = run.replace(mesh=replace(run.mesh, **best.mesh))
     largest = largest_batch(chosen, topology, root=root, say=say)
     if largest and not best.fits:
@@ -136,6 +137,11 @@ def _next(plans: dict[int, Plan], fits: int, too_many: int | None) -> int:
 def _unit(run: Run, topology: Topology) -> int:
     data, fsdp, _ = mesh_sizes(run.mesh, topology.num_devices)
     return data * fsdp * run.train.accumulate
+
+
+def _rank(one: Plan) -> tuple:
+    """Those that fit first; the fastest; of equals, which is what compute bound ones are, the one that sends least."""
+    return not one.fits, one.step_seconds or 0.0, one.ici_bytes or 0, one.peak
 
 
 def _row(one: Plan) -> dict[str, Any]:
