@@ -39,8 +39,8 @@ def arguments(run: Run, mesh: dict[str, int]) -> int:
     return 3 * held(trainable, on) + held(frozen, on) + bytes_of(own._replace(index_B=None)) + 4 + 4
 
 
-def ahead(run: Run, name: str, tmp_path, **mesh: int) -> Plan:
-    where = topology(name)
+def ahead(run: Run, name: str, tmp_path, slices: int = 1, **mesh: int) -> Plan:
+    where = topology(name, slices)
     return plan(laid_out(run, where, **mesh), where, root=tmp_path)
 
 
@@ -64,6 +64,16 @@ def test_a_tpu_step_has_the_arguments_that_are_counted_and_gathers_frozen_weight
     assert found.gathered["bf16"] <= 2 * bytes_of(frozen)
     assert found.executed_flops > found.useful_flops and found.dcn_bytes == 0
     assert found.compile_seconds < 120
+
+
+@pytest.mark.slow
+@for_tpu
+def test_between_slices_go_only_gradients_of_what_learns_and_the_loss(tmp_path):
+    found = ahead(TINY, "v5e:2x2", tmp_path, slices=2, data=2)
+    _, trainable, _ = parts(TINY)
+    assert found.mesh == {"data": 2, "fsdp": 4, "tensor": 1}
+    # Shared out over a slice first; what does not divide goes whole. Loss, accuracy and count are three numbers.
+    assert bytes_of(trainable) / 4 <= found.dcn_bytes <= bytes_of(trainable) + 64
 
 
 @pytest.mark.slow

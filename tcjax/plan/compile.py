@@ -14,7 +14,6 @@ Seconds are those of LLaVA-1.5-7B on two CPU cores, whatever the number of chips
 from __future__ import annotations
 
 import re
-import tempfile
 import threading
 import time
 from pathlib import Path
@@ -111,39 +110,40 @@ def mesh_of(run: Run, topology: Topology) -> Mesh:
     return make_mesh(run.mesh, topology.devices())
 
 
-def compile_step(step: Step, topology: Topology, depth: str = "memory") -> Compiled:
+def compile_step(step: Step, topology: Topology, dump: Path, depth: str = "memory") -> Compiled:
     """Compile it to this depth, one of DEPTHS; the compiler may be left behind in a thread of its own.
+
+    Args:
+        dump: an empty folder for what the compiler writes; it may go on writing.
 
     Raises:
         DoesNotFit: the compiler, or what it needs against what there is, says so.
     """
     lowered = step.jitted.trace(*step.arguments).lower()
-    with tempfile.TemporaryDirectory(prefix="tcjax-plan-", ignore_cleanup_errors=True) as folder:
-        dump = Path(folder)
-        options = {"xla_dump_to": folder, "xla_dump_hlo_pass_re": ".*spmd-partitioning", **_options(topology)}
-        start, found = time.perf_counter(), {}
+    options = {"xla_dump_to": str(dump), "xla_dump_hlo_pass_re": ".*spmd-partitioning", **_options(topology)}
+    start, found = time.perf_counter(), {}
 
-        def work() -> None:
-            try:
-                found["executable"] = lowered.compile(compiler_options=options)
-            except Exception as error:
-                found["error"] = error
+    def work() -> None:
+        try:
+            found["executable"] = lowered.compile(compiler_options=options)
+        except Exception as error:
+            found["error"] = error
 
-        thread = threading.Thread(target=work, daemon=True)
-        thread.start()
-        while thread.is_alive() and not _reached(dump, depth):
-            thread.join(0.1)
-        seconds = time.perf_counter() - start
-        if "error" in found:
-            raise _refused(found["error"]) from found["error"]
-        hlo = _partitioned(dump)
-        if "executable" in found:
-            memory = _memory(found["executable"].memory_analysis(), topology)
-        else:
-            memory = _assigned(dump, topology) if depth == "memory" else None
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    while thread.is_alive() and not _reached(dump, depth):
+        thread.join(0.1)
+    seconds = time.perf_counter() - start
+    if "error" in found:
+        raise _refused(found["error"]) from found["error"]
+    memory = None
+    if "executable" in found:
+        memory = _memory(found["executable"].memory_analysis(), topology)
+    elif depth == "memory":
+        memory = _assigned(dump, topology)
     if memory and memory.peak > memory.available:
         raise DoesNotFit(memory.peak, memory.available)
-    return Compiled(memory, hlo, seconds)
+    return Compiled(memory, _partitioned(dump), seconds)
 
 
 def _options(topology: Topology) -> dict[str, Any]:

@@ -1,9 +1,8 @@
 """One compilation in a process of its own: what it needs of memory ends with it, and it never sees an accelerator.
 
-    python -m tcjax.plan.worker ANSWER < question        both are JSON
-
-question   run (tcjax.record), modules its classes come from, sys.path, topology, slices, depth
-ANSWER     facts (`Facts`), or refused {needs, has}, or error: one line that a user can act on
+    question   JSON on stdin: run (tcjax.record), modules its classes come from, sys.path, topology, slices, depth
+    answer     JSON in a folder of the asking process, which holds the compiler's dump, too, and is removed after it:
+               facts (`Facts`), or refused {needs, has}, or error: one line that a user can act on
 
 The compiler's own chatter goes to this process's stderr, which is shown only if it dies without an answer.
 """
@@ -23,7 +22,10 @@ from typing import Any
 
 import tcjax
 from tcjax.plan.topology import ENVIRONMENT, Topology
-from tcjax.record import IS, from_dict, to_dict
+from tcjax.record import IS, from_dict, to_dict, write_json
+
+# Not `-m`: the folder of tcjax comes last, so that nothing beside it hides a module of Python's own.
+_START = "import sys; sys.path.append(sys.argv[1]); from tcjax.plan.worker import main; main()"
 
 
 @dataclass(frozen=True)
@@ -72,11 +74,11 @@ def ask(run: Any, topology: Topology, depth: str, *, limit: float = 1800.0) -> F
         "depth": depth,
     }
     kept = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
-    environment = kept | ENVIRONMENT | {"JAX_ENABLE_COMPILATION_CACHE": "false"}  # what is cached is not dumped
-    environment["PYTHONPATH"] = str(Path(tcjax.__file__).parents[1])
-    with tempfile.TemporaryDirectory(prefix="tcjax-ask-") as folder:
+    with tempfile.TemporaryDirectory(prefix="tcjax-plan-") as folder:
         answer, log = Path(folder) / "answer.json", Path(folder) / "log"
-        command = [sys.executable, "-m", "tcjax.plan.worker", str(answer)]
+        environment = kept | ENVIRONMENT | {"TPU_LOG_DIR": folder}
+        environment["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # what is cached is not dumped
+        command = [sys.executable, "-P", "-c", _START, str(Path(tcjax.__file__).parents[1]), folder]
         with log.open("w") as chatter:
             try:
                 done = subprocess.run(
@@ -114,23 +116,21 @@ def classes(config: Any) -> Iterator[str]:
 def main() -> None:
     question = json.load(sys.stdin)
     sys.path[:] = question["path"]
-    answer = Path(sys.argv[1])
+    folder = Path(sys.argv[2])
     from tcjax.plan.compile import DoesNotFit
 
     try:
-        said: dict[str, Any] = {"facts": vars(_facts(question))}
+        said: dict[str, Any] = {"facts": vars(_facts(question, folder / "dump"))}
     except DoesNotFit as refused:
         said = {"refused": {"needs": refused.needs, "has": refused.has}}
     except ValueError as error:
         said = {"error": str(error)}
-    beside = answer.with_suffix(".writing")
-    beside.write_text(json.dumps(said))
-    beside.replace(answer)
+    write_json(folder / "answer.json", said)
     sys.stderr.flush()
     os._exit(0)  # the compiler may still be generating code that nobody waits for
 
 
-def _facts(question: dict[str, Any]) -> Facts:
+def _facts(question: dict[str, Any], dump: Path) -> Facts:
     from tcjax.plan.compile import compile_step, mesh_of, step_of
     from tcjax.plan.topology import island_of, topology
     from tcjax.plan.traffic import traffic
@@ -142,7 +142,7 @@ def _facts(question: dict[str, Any]) -> Facts:
     run = from_dict(question["run"])
     where = topology(question["topology"], question["slices"])
     step = step_of(run, mesh_of(run, where))
-    compiled = compile_step(step, where, question["depth"])
+    compiled = compile_step(step, where, dump, question["depth"])
     sent = traffic(compiled.hlo, island_of(step.mesh.devices.flat))
     gathered: dict[str, int] = {}
     for one in sent.collectives:
@@ -161,7 +161,3 @@ def _facts(question: dict[str, Any]) -> Facts:
         open_loops=[f"{loop.where}: {loop.turns} turns at most" for loop in sent.unknown_loops],
         compile_seconds=round(compiled.seconds, 1),
     )
-
-
-if __name__ == "__main__":
-    main()
