@@ -78,6 +78,15 @@ def test_between_slices_go_only_gradients_of_what_learns_and_the_loss(tmp_path):
 
 @pytest.mark.slow
 @for_tpu
+def test_one_device_sends_nothing(tmp_path):
+    found = ahead(TINY, "v5e:1x1", tmp_path)
+    assert (
+        found.fits and found.ici_bytes == found.dcn_bytes == 0 and not found.gathered and found.peak > found.arguments
+    )
+
+
+@pytest.mark.slow
+@for_tpu
 def test_what_the_compiler_refuses_is_told_in_bytes(tmp_path):
     """Float32 weights of 27 GB, whole on a device of 15.75 GiB."""
     run = llava.pretrain_7b()

@@ -63,7 +63,7 @@ class Memory(NamedTuple):
 
 
 class Compiled(NamedTuple):
-    """memory: None at depth "program". hlo: text right after SPMD partitioning. seconds: of XLA alone."""
+    """memory: None at depth "program". hlo: text right after SPMD partitioning, "" for one device. seconds: of XLA alone."""
 
     memory: Memory | None
     hlo: str
@@ -131,7 +131,7 @@ def compile_step(step: Step, topology: Topology, dump: Path, depth: str = "memor
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
-    while thread.is_alive() and not _reached(dump, depth):
+    while thread.is_alive() and not _reached(dump, depth, step.mesh.size):
         thread.join(0.1)
     seconds = time.perf_counter() - start
     if "error" in found:
@@ -155,12 +155,13 @@ def _lying(leaf: Any, sharding: NamedSharding) -> Any:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
-def _reached(dump: Path, depth: str) -> bool:
+def _reached(dump: Path, depth: str, devices: int) -> bool:
+    partitioned = devices == 1 or bool(_partitioned(dump))
     if depth == "program":
-        return bool(_partitioned(dump))
+        return partitioned
     # What libtpu and the CUDA compiler write first once they have accepted an assignment.
     beyond = any(dump.glob("*_after_buffer_assignment.txt")) or any(dump.glob("*.ir-no-opt.ll"))
-    return depth == "memory" and beyond and bool(_partitioned(dump))
+    return depth == "memory" and beyond and partitioned
 
 
 def _partitioned(dump: Path) -> str:

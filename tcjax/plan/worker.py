@@ -133,7 +133,7 @@ def main() -> None:
 def _facts(question: dict[str, Any], dump: Path) -> Facts:
     from tcjax.plan.compile import compile_step, mesh_of, step_of
     from tcjax.plan.topology import island_of, topology
-    from tcjax.plan.traffic import traffic
+    from tcjax.plan.traffic import Traffic, traffic
     from tcjax.plan.work import executed_flops, hbm_bytes
     from tcjax.shapes import held
 
@@ -143,7 +143,7 @@ def _facts(question: dict[str, Any], dump: Path) -> Facts:
     where = topology(question["topology"], question["slices"])
     step = step_of(run, mesh_of(run, where))
     compiled = compile_step(step, where, dump, question["depth"])
-    sent = traffic(compiled.hlo, island_of(step.mesh.devices.flat))
+    sent = traffic(compiled.hlo, island_of(step.mesh.devices.flat)) if compiled.hlo else Traffic(0, 0, ())
     gathered: dict[str, int] = {}
     for one in sent.collectives:
         if one.kind == "all-gather":
