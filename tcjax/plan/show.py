@@ -12,7 +12,8 @@ from tcjax.plan.plan import GIB, Plan
 def show(plan: Plan) -> None:
     console = Console()
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    where = f"{plan.topology}{f' x {plan.slices} slices' if plan.slices > 1 else ''}, {plan.devices:,} device{'s' * (plan.devices > 1)}"
+    slices = f" x {plan.slices} slices" if plan.slices > 1 else ""
+    where = f"{plan.topology}{slices}, {plan.devices:,} device{'s' * (plan.devices > 1)}"
     console.print(Text(f"{plan.name} on {where}{' (kept from before)' if plan.cached else ''}"))
     axes = ", ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
     table.add_row("mesh", axes, f"batch {plan.batch:,}")
