@@ -30,9 +30,10 @@ from flax import nnx
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.twins import compressor_twin, tell
 from configs.compressors import CATALOGUE
 from tcjax.compressors.base import CompressorConfig, Context, Widths
-from tcjax.export.families import describe, has_twin, twin_source
+from tcjax.export.families import has_twin
 from tcjax.interop import names
 from tcjax.record import write_json
 from tcjax.train.log import environment
@@ -111,12 +112,8 @@ def one(config: CompressorConfig, widths: Widths, arguments: argparse.Namespace)
         jax.value_and_grad(lambda state, told: (compress(state, told) * target).astype(jnp.float32).sum())
     )
 
-    facts = describe(config, widths)
-    scope: dict[str, Any] = {}
-    exec(compile(twin_source(facts), facts["family"], "exec"), scope)
-    twin = scope["Compressor"](facts)
-    published = names.to_torch(arrays, config.names(widths))
-    twin.load_state_dict({name: torch.from_numpy(np.array(array)) for name, array in published.items()})
+    twin = compressor_twin(config, widths)
+    tell(twin, arrays, config, widths)
     twin = twin.to(device, torch_dtype).train()
     given = {name: torch.from_numpy(array).to(device, torch_dtype) for name, array in inputs.items()}
     goal = torch.from_numpy(np.array(target, np.float32)).to(device, torch_dtype)

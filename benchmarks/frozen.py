@@ -27,14 +27,12 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 from flax import nnx
-from transformers import CLIPVisionConfig, CLIPVisionModel, Qwen2Config, Qwen2ForCausalLM
 
 from benchmarks.compressors import ROOT, markdown, measure, ratio, show, wait
+from benchmarks.twins import llm_twin, take, tower_twin
 from configs import llms, towers
 from tcjax import loss
-from tcjax.assemble import published_names
 from tcjax.evaluate.cost import head_flops, llm_flops, tower_flops
-from tcjax.interop import names
 from tcjax.llms.decoder import LlmConfig
 from tcjax.record import write_json
 from tcjax.towers.vit import VitConfig
@@ -46,21 +44,9 @@ TOWER, LLM = towers.clip_l_336(), llms.qwen2_5_0_5b()
 
 def tower(cfg: VitConfig, arguments: argparse.Namespace) -> dict[str, Any]:
     """Milliseconds of a forward pass by framework, and how far the two answers are apart."""
-    theirs = CLIPVisionModel(
-        CLIPVisionConfig(
-            hidden_size=cfg.width,
-            intermediate_size=cfg.feed_forward,
-            num_hidden_layers=cfg.num_blocks,  # LLaVA reads before the last block: neither side runs it
-            num_attention_heads=cfg.heads,
-            image_size=cfg.pixels.size_YX[0],
-            patch_size=cfg.patch,
-            hidden_act=cfg.activation,
-            layer_norm_eps=cfg.norm_eps,
-            attn_implementation="sdpa",
-        )
-    ).eval()
+    theirs = tower_twin(cfg)
     module = nnx.eval_shape(lambda: cfg.build(nnx.Rngs(0)))
-    graphdef, state = _state(module, _published(theirs), cfg, arguments.dtype)
+    graphdef, state = take(module, theirs, cfg, arguments.dtype)
     device, theirs = _placed(theirs, arguments.dtype)
     pixels = np.random.default_rng(0).standard_normal((arguments.batch, *cfg.pixels.size_YX, 3), np.float32)
     images_BYX3 = jnp.asarray(pixels, arguments.dtype)
@@ -85,23 +71,9 @@ def tower(cfg: VitConfig, arguments: argparse.Namespace) -> dict[str, Any]:
 
 def step(cfg: LlmConfig, arguments: argparse.Namespace) -> dict[str, Any]:
     """Milliseconds of loss and gradient by framework, and how far the two gradients are apart."""
-    theirs = Qwen2ForCausalLM(
-        Qwen2Config(
-            vocab_size=cfg.vocab,
-            hidden_size=cfg.width,
-            intermediate_size=cfg.feed_forward,
-            num_hidden_layers=cfg.layers,
-            num_attention_heads=cfg.heads,
-            num_key_value_heads=cfg.kv_heads,
-            rms_norm_eps=cfg.norm_eps,
-            rope_parameters={"rope_type": "default", "rope_theta": cfg.rope_theta},
-            tie_word_embeddings=cfg.tie,
-            use_cache=False,
-            attn_implementation="sdpa",
-        )
-    ).requires_grad_(False)
+    theirs = llm_twin(cfg)
     module = nnx.eval_shape(lambda: cfg.build(nnx.Rngs(0)))
-    graphdef, state = _state(module, _published(theirs), cfg, arguments.dtype)
+    graphdef, state = take(module, theirs, cfg, arguments.dtype)
     device, theirs = _placed(theirs, arguments.dtype)
     random, B, S = np.random.default_rng(0), arguments.batch, VISUAL + TEXT
     visual = random.standard_normal((B, VISUAL, cfg.width), np.float32) * cfg.width**-0.5
@@ -138,23 +110,6 @@ def step(cfg: LlmConfig, arguments: argparse.Namespace) -> dict[str, Any]:
     blocks = llm_flops(cfg, S)
     useful = 2 * (blocks.weights + head_flops(cfg, SUPERVISED)) + 3 * blocks.attention
     return _row(passes, arguments, useful, _apart(ours, expected))
-
-
-def _published(model: Any) -> dict[str, np.ndarray]:
-    """Its tensors by the names they have on disk."""
-    published = {name: tensor.detach().numpy() for name, tensor in model.state_dict().items()}
-    if isinstance(model, CLIPVisionModel):
-        published = {f"vision_model.{name.removeprefix('vision_model.')}": array for name, array in published.items()}
-    return published
-
-
-def _state(module: nnx.Module, published: dict, cfg: Any, dtype: str) -> tuple[Any, Any]:
-    table, ignored = published_names(cfg)
-    arrays = names.from_torch(published, table, names.shapes(module), ignore=ignored)
-    graphdef, state = nnx.split(module)
-    for path, leaf in nnx.to_flat_state(state):
-        leaf.set_value(jnp.asarray(arrays.pop("/".join(map(str, path))), dtype))
-    return graphdef, state
 
 
 def _placed(model: Any, dtype: str) -> tuple[torch.device, Any]:

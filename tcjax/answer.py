@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 from rich.console import Console
 from rich.progress import Progress
 
@@ -36,6 +37,8 @@ from tcjax.pipeline.input import TooManyCorrupt
 from tcjax.pipeline.pictures import Noise, grey, stacked
 from tcjax.pipeline.questions import EvaluationSet, questions
 from tcjax.pipeline.source import open_source
+from tcjax.processes import is_first
+from tcjax.sharding import replicated
 from tcjax.vlm import Vlm, VlmConfig
 
 CONTROLS = ("blank", "shuffled", "random")
@@ -54,9 +57,12 @@ def evaluate_run(
         mean_accuracy, visual_tokens, ratio, prefill_flops, kv_bytes, prefill_seconds (per image, median),
         corrupt_images: names of those that could not be read; their questions are not asked.
 
+    Of several processes all call it, and each gets the scores; the first one writes.
+
     Raises:
         TooManyCorrupt: more than `run.data.max_corrupt` of the images cannot be read.
     """
+    quiet = quiet or not is_first()
     if run.evaluate is None:
         raise ValueError(f"{run.name} has no `evaluate`: its config says nothing to score it on.")
     config, scored = run.model, run.evaluate
@@ -97,7 +103,8 @@ def evaluate_run(
             said = [heard[place] for place in place_B]
             expected = [[i for i in ids if i >= 0] for ids in asked.answer_BT.tolist()]
             answers[name] = [Answer(*pair) for pair in zip(asked.task_B.tolist(), expected, said, strict=True)]
-    _write(out / "answers.jsonl", asked, answers[""], chat, end)
+    if is_first():
+        _write(out / "answers.jsonl", asked, answers[""], chat, end)
     accuracy = exact_match(answers[""], end)
     text_tokens = asked.tokens_BS.shape[1] - config.num_queries
     bill = cost(config, text_tokens)
@@ -143,8 +150,11 @@ class Images:
         self._noise: Noise | None = None
         self._grey = stacked("images_BYX3", [grey(self._pixels)])
         if cached:
-            see = jax.jit(lambda told: model.see(Batch(**told)))
-            self._grey["features_BNC"] = np.asarray(see(self._grey))
+            graphdef, state = nnx.split(model)
+            see = jax.jit(
+                lambda state, told: nnx.merge(graphdef, state).see(Batch(**told)), out_shardings=replicated(state)
+            )
+            self._grey["features_BNC"] = np.asarray(see(state, self._grey))
             del self._grey["images_BYX3"]
 
         found = [self._can_read(index) for index in range(len(self._prepared))]
@@ -233,12 +243,19 @@ def looks(model: Vlm, run: Run, *, root: Path, out: Path, boards: int = 4) -> Pa
             break
     seen = stacked("images_BYX3", [image for _, image in shown])
     batch = Batch(**seen, instruction_BT=np.stack(told), index_B=np.arange(len(shown)))
-    see = jax.jit(lambda batch: model.compress(batch, Context(assign=True)).assign_BQN)
+    graphdef, state = nnx.split(model)
+
+    def assigned(state: Any, batch: Batch) -> jax.Array:
+        return nnx.merge(graphdef, state).compress(batch, Context(assign=True)).assign_BQN
+
+    assign_BQN = np.asarray(jax.jit(assigned, out_shardings=replicated(state))(state, batch), np.float32)
     path = out / "looks.npz"
+    if not is_first():
+        return path
     np.savez_compressed(
         path,
         images=seen["images_BYX3"],
-        assign=np.asarray(see(batch), np.float32)[..., config.widths.extra :],
+        assign=assign_BQN[..., config.widths.extra :],
         grid=np.array(config.widths.grid_HW),
         questions=np.array([name for name, _ in shown]),
     )

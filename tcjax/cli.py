@@ -16,6 +16,7 @@ import inspect
 import json
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from typing import Annotated, Any
 import tyro
 
 import tcjax
+from tcjax import processes
 from tcjax.arguments import numbers, pair, parse
 from tcjax.cli_answers import Compare, Evaluate, Generate, compare, evaluate, generate
 from tcjax.cli_data import Data, data
@@ -39,7 +41,10 @@ class Ablate:
 
     study: folder with study.py. queries, compressors: comma-separated; seeds: how many; steps: of every training. Left
     out, the study decides.
-    out: where rows and runs go (default: runs/<study> in the project).
+    out: where rows and runs go (default: runs/<study> in the project). run: only the study's run of this number, from 1, as
+    a job of its own; several may go on at the same time. list: print the runs' names, one per line, and train nothing.
+    coordinator, processes, process: HOST:PORT of process 0, how many there are, which one this is; left out, the
+    environment, Slurm, Open MPI or the TPU says.
     """
 
     study: Positional[Path]
@@ -49,6 +54,11 @@ class Ablate:
     steps: int = 0
     out: Path | None = None
     quiet: bool = False
+    run: int | None = None
+    list: bool = False
+    coordinator: str = ""
+    processes: int = 0
+    process: int = -1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,12 +94,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return VERBS[verb](rest)
     except (ValueError, OSError, ArithmeticError) as error:
         if os.environ.get("TCJAX_TRACE"):
-            raise
+            if not processes.several():
+                raise
+            traceback.print_exc()
         print(f"tcjax {verb}: {error}", file=sys.stderr)
-        return 2
+        return processes.end(2, error)
     except KeyboardInterrupt:
         print(f"tcjax {verb}: interrupted; run the same command again to go on.", file=sys.stderr)
-        return 130
+        return processes.end(130)
+    except Exception as error:
+        if not processes.several():
+            raise
+        traceback.print_exc()
+        return processes.end(1, error)
 
 
 def _usage() -> str:
@@ -127,13 +144,16 @@ def _train(arguments: list[str]) -> int:
             ("dry_run", bool),
             ("json", bool),
             ("quiet", bool),
+            ("coordinator", Annotated[str, tyro.conf.arg(help="HOST:PORT of process 0, if there are several.")]),
+            ("processes", Annotated[int, tyro.conf.arg(help="How many processes train together.")]),
+            ("process", Annotated[int, tyro.conf.arg(help="Which of them this is, from 0.")]),
         ],
         namespace={"__doc__": f"Train {default.name}; any field can be given. {_DRY}"},
     )
     asked: Any = tyro.cli(
         form,
         args=arguments[1:],
-        default=form(default, None, False, False, False),
+        default=form(default, None, False, False, False, "", 0, -1),
         prog=f"tcjax train {arguments[0]}",
         config=(tyro.conf.AvoidSubcommands,),
     )
@@ -148,11 +168,16 @@ def _train(arguments: list[str]) -> int:
             show(asked.run, figures, about=inspect.getdoc(config) or "")
         return 0
 
+    from tcjax.train.goodput import process_start
+
+    began = process_start()
+    processes.join(asked.coordinator, asked.processes, asked.process, quiet=asked.quiet)
+
     from tcjax.job import train_run
 
     out = asked.out or root / "runs" / asked.run.name
-    outcome = train_run(asked.run, root=root, out=out, quiet=asked.quiet)
-    if not asked.quiet:
+    outcome = train_run(asked.run, root=root, out=out, quiet=asked.quiet, began=began)
+    if processes.is_first() and not asked.quiet:
         print(f"{asked.run.name}: {outcome.steps} steps in {outcome.seconds:.0f} s; {out}")
     return 0
 
@@ -160,7 +185,7 @@ def _train(arguments: list[str]) -> int:
 def _ablate(arguments: list[str]) -> int:
     asked = parse(Ablate, arguments)
 
-    from tcjax.study.ablate import Choice, ablate
+    from tcjax.study.ablate import Choice, ablate, study_runs
 
     for flag, value in (("--seeds", asked.seeds), ("--steps", asked.steps)):
         if value < 0:
@@ -171,7 +196,15 @@ def _ablate(arguments: list[str]) -> int:
         seeds=asked.seeds or None,
         steps=asked.steps or None,
     )
-    print(ablate(asked.study, choice, out=asked.out, quiet=asked.quiet))
+    if asked.list:
+        print(*(run.name for run in study_runs(asked.study, choice)[0]), sep="\n")
+        return 0
+    if asked.run == 0:
+        raise ValueError("--run 0: a study's runs count from 1; left out, all of them are run.")
+    processes.join(asked.coordinator, asked.processes, asked.process, quiet=asked.quiet)
+    study = ablate(asked.study, choice, only=asked.run or 0, out=asked.out, quiet=asked.quiet)
+    if processes.is_first():
+        print(study)
     return 0
 
 

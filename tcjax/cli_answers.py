@@ -10,6 +10,7 @@ from pathlib import Path
 
 import tyro
 
+from tcjax import processes
 from tcjax.arguments import numbers, parse
 
 Positional = tyro.conf.Positional
@@ -27,6 +28,7 @@ class Evaluate:
         one lists them. limit: only the first so many questions. max_tokens: of an answer (default: the mode's).
         controls: comma-separated, of blank, shuffled, random. batch: questions answered together.
         Questions that this checkpoint has answered already are not asked again.
+    coordinator, processes, process: as of `tcjax train`, for the run's own questions; a benchmark is answered by one process.
     """
 
     run: Positional[Path]
@@ -42,6 +44,9 @@ class Evaluate:
     batch: int = 16
     json: bool = False
     quiet: bool = False
+    coordinator: str = ""
+    processes: int = 0
+    process: int = -1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +90,7 @@ def evaluate(arguments: list[str]) -> int:
     from tcjax.study.tables import score_table
 
     run, root = load_run(asked.run), content.project_root(asked.run)
+    processes.join(asked.coordinator, asked.processes, asked.process, quiet=asked.quiet)
     model, identity, step = trained(run, root=root, out=asked.run)
     queries = numbers(asked.queries, "--queries")
     places = {number: asked.run / f"at-{number}" for number in queries} if queries else {None: asked.run}
@@ -93,9 +99,9 @@ def evaluate(arguments: list[str]) -> int:
         here, its_model = (run, model) if number is None else at(run, model, number)
         scores = evaluate_run(here, its_model, identity, root=root, out=place, quiet=asked.quiet)  # pyright: ignore
         every.append(scores | {"step": step})
-        if not asked.json:
+        if not asked.json and processes.is_first():
             score_table(run.name, step, scores)
-    if asked.json:
+    if asked.json and processes.is_first():
         print(json.dumps(every if queries else every[0], indent=1))
     return 0
 

@@ -38,6 +38,7 @@ from tcjax.pipeline.images import CorruptImage
 from tcjax.pipeline.input import make_input
 from tcjax.pipeline.sample import BadSample, Record
 from tcjax.pipeline.source import open_source
+from tcjax.processes import is_first
 from tcjax.record import IS, fingerprint, from_dict, to_dict
 from tcjax.sharding import make_mesh, place
 from tcjax.train.checkpoint import Checkpoints
@@ -64,11 +65,18 @@ def load_run(out: Path) -> Run:
     return run
 
 
-def train_run(run: Run, *, root: Path, out: Path, quiet: bool = False) -> Outcome:
-    """Train a run in its folder `out`, resuming if it holds checkpoints. With 0 steps the model is the one assembled."""
-    config: Any = run.model
+def train_run(run: Run, *, root: Path, out: Path, quiet: bool = False, began: float | None = None) -> Outcome:
+    """Train a run in its folder `out`, resuming if it holds checkpoints. With 0 steps the model is the one assembled.
+
+    Of several processes all call it, each with the same arguments; `root` and `out` lie on a disk they share.
+
+    Args:
+        began: Unix time of the start, if it was long before now (tcjax.train.goodput).
+    """
+    began, config, quiet = began or time.time(), run.model, quiet or not is_first()
     if isinstance(config, VlmConfig):  # before gigabytes are read
         open_chat(root / run.data.tokenizer, run.data.template).check_vocab(config.llm.vocab)
+    opened = [open_source(root, source) for source in run.data.sources]
     model, identity = _assembled(run, root)
     features = None
     if run.train.feature_cache:
@@ -94,6 +102,7 @@ def train_run(run: Run, *, root: Path, out: Path, quiet: bool = False) -> Outcom
             patch=config.labelled_patch,
             instructed=isinstance(config, VlmConfig) and config.reads_text,
             measuring=measuring,
+            opened=opened,
         )
     return train(
         run,
@@ -104,6 +113,7 @@ def train_run(run: Run, *, root: Path, out: Path, quiet: bool = False) -> Outcom
         identity=identify(run, identity),
         flops=_flops(run),
         quiet=quiet,
+        began=began,
     )
 
 

@@ -8,6 +8,10 @@ Most positions of a multimodal sequence (the image, the question, padding) predi
 the vocabulary only where something is supervised, some positions at a time, and takes the gradient on the way: logits
 [B, S, V] are never there, and nothing is computed twice. The idea is that of Liger's fused linear cross-entropy (Hsu et
 al. 2024); our departure is that unsupervised positions are moved behind and left out.
+
+On a mesh every device scores its own rows against its own share of the vocabulary, which was gathered before the walk
+(`tcjax.sharding.whole`). Sums over rows stay apart, one per row or device, until the walk is over: inside it nothing goes
+between devices but what tensor asks for.
 """
 
 from __future__ import annotations
@@ -17,6 +21,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
+
+from tcjax.sharding import constrain, row_shares
 
 _POSITIONS = 32  # of a row that meet the vocabulary at a time
 
@@ -62,19 +68,20 @@ def _scored(
 
 def _walk(hidden_BSD, table_VD, targets_BS, weight_BS, *, by_hidden: bool, by_table: bool):
     """((total, correct), gradient by hidden_BSD or None, by table_VD or None), `_POSITIONS` at a time."""
-    S = hidden_BSD.shape[1]
-    width = min(_POSITIONS, S)
+    B, S, _ = hidden_BSD.shape
+    width, shares = min(_POSITIONS, S), row_shares(B)
     behind = -S % width
     hidden_BSD, targets_BS, weight_BS = (
         jnp.pad(x, ((0, 0), (0, behind), *((0, 0),) * (x.ndim - 2))) for x in (hidden_BSD, targets_BS, weight_BS)
     )
     used = (weight_BS > 0).sum(1).max()
-    sums = (jnp.float32(0), jnp.float32(0))
+    sums = (constrain(jnp.zeros(B, jnp.float32), "B"),) * 2
     by_hidden_BSD = jnp.zeros_like(hidden_BSD) if by_hidden else None
-    by_table_VD = jnp.zeros(table_VD.shape, jnp.float32) if by_table else None
+    # A device's own rows are one entry of the leading axis.
+    by_table_BVD = constrain(jnp.zeros((shares, *table_VD.shape), jnp.float32), "BVD") if by_table else None
 
     def some(turn, carry):
-        (total, correct), by_hidden_BSD, by_table_VD = carry
+        (total_B, correct_B), by_hidden_BSD, by_table_BVD = carry
         start = turn * width
         x_BSD, target_BS, w_BS = (
             jax.lax.dynamic_slice_in_dim(x, start, width, axis=1) for x in (hidden_BSD, targets_BS, weight_BS)
@@ -83,8 +90,8 @@ def _walk(hidden_BSD, table_VD, targets_BS, weight_BS, *, by_hidden: bool, by_ta
         right_BSV = jnp.arange(table_VD.shape[0]) == target_BS[..., None]
         log_sum_BS = jax.nn.logsumexp(logits_BSV, axis=-1)
         picked_BS = jnp.where(right_BSV, logits_BSV, 0).sum(-1)
-        total += ((log_sum_BS - picked_BS) * w_BS).sum()
-        correct += ((logits_BSV.argmax(-1) == target_BS) * w_BS).sum()
+        total_B += ((log_sum_BS - picked_BS) * w_BS).sum(1)
+        correct_B += ((logits_BSV.argmax(-1) == target_BS) * w_BS).sum(1)
         if by_hidden or by_table:
             error_BSV = (jnp.exp(logits_BSV - log_sum_BS[..., None]) - right_BSV) * w_BS[..., None]
             error_BSV = error_BSV.astype(x_BSD.dtype)
@@ -92,12 +99,14 @@ def _walk(hidden_BSD, table_VD, targets_BS, weight_BS, *, by_hidden: bool, by_ta
             step_BSD = jnp.einsum("BSV,VD->BSD", error_BSV, table_VD)
             by_hidden_BSD = jax.lax.dynamic_update_slice_in_dim(by_hidden_BSD, step_BSD, start, axis=1)
         if by_table:
-            by_table_VD += jnp.einsum("BSV,BSD->VD", error_BSV, x_BSD, preferred_element_type=jnp.float32)
-        return (total, correct), by_hidden_BSD, by_table_VD
+            error_BIV, x_BID = (x.reshape(shares, -1, x.shape[-1]) for x in (error_BSV, x_BSD))
+            by_table_BVD += jnp.einsum("BIV,BID->BVD", error_BIV, x_BID, preferred_element_type=jnp.float32)
+        return (total_B, correct_B), by_hidden_BSD, by_table_BVD
 
     turns = (used + width - 1) // width
-    (sums, by_hidden_BSD, by_table_VD) = jax.lax.fori_loop(0, turns, some, (sums, by_hidden_BSD, by_table_VD))
-    return sums, None if by_hidden_BSD is None else by_hidden_BSD[:, :S], by_table_VD
+    (sums, by_hidden_BSD, by_table_BVD) = jax.lax.fori_loop(0, turns, some, (sums, by_hidden_BSD, by_table_BVD))
+    by_table_VD = None if by_table_BVD is None else by_table_BVD.sum(0)
+    return (sums[0].sum(), sums[1].sum()), None if by_hidden_BSD is None else by_hidden_BSD[:, :S], by_table_VD
 
 
 def _forward(hidden_BSD, table_VD, targets_BS, weight_BS):

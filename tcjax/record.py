@@ -12,6 +12,8 @@ import difflib
 import hashlib
 import importlib
 import json
+import os
+import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +21,7 @@ from typing import Any
 
 from tcjax.identity import content, dataset, file_hash
 
-__all__ = ["file_hash", "fingerprint", "from_dict", "to_dict", "write_json"]
+__all__ = ["file_hash", "fingerprint", "from_dict", "to_dict", "unfinished", "write_json"]
 
 IS = "is"
 SOURCE = "tcjax.config:Source"
@@ -80,9 +82,14 @@ def _class(path: str, where: str) -> type:
 def write_json(path: Path, value: Any) -> None:
     """Atomically: the old file stays whole until the new one is."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".writing")
+    beside = unfinished(path)
     beside.write_text(json.dumps(value, indent=1) + "\n")
     beside.replace(path)
+
+
+def unfinished(path: Path) -> Path:
+    """Where a file is written before it gets its name: a place that no other process, here or on another host, writes."""
+    return path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.writing")
 
 
 def fingerprint(config: Any, root: Path) -> str:

@@ -26,7 +26,7 @@ def parts(run: Run) -> tuple[Any, Any, Any]:
     """graphdef, trainable, frozen, as `tcjax.job` hands them to the loop."""
     how = run.train
     model = abstract(run.model, trainable=how.trainable, frozen=how.frozen, lora=how.lora)
-    recompute(model, how.remat)
+    recompute(model, how.remat, packed=run.data.batching == "packed")
     return split(model, how.trainable)
 
 

@@ -1,13 +1,18 @@
 """The loss is a mean over the global count: however the batch is cut, the sums are the same. No logits where nothing is asked."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from jax.sharding import NamedSharding, PartitionSpec
 
 from tcjax import loss
+from tcjax.config import MeshConfig
 from tcjax.loss import cross_entropy, next_token
+from tcjax.sharding import make_mesh, on, spec, whole
 
 
 def made(rows: int, length: int, width: int, vocabulary: int, share: float, seed: int = 0):
@@ -83,3 +88,24 @@ def test_sums_of_thin_and_full_rows_add_up():
 def test_an_unsupervised_row_costs_nothing():
     terms = next_token(jnp.ones((1, 3, 2)), jnp.ones((4, 2)), jnp.zeros((1, 3), jnp.int32), jnp.zeros((1, 3), bool))
     assert terms.total == 0 and terms.count == 0
+
+
+@pytest.mark.parametrize("mesh", [{"fsdp": 8}, {"data": 2, "fsdp": 4}], ids=str)
+def test_rows_meet_after_the_walk_only(mesh):
+    """The table is gathered once before it, and gradients are summed once after it, however long the walk is."""
+    mesh = make_mesh(MeshConfig(**{"data": 1, "tensor": 1} | mesh))
+    rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    hidden_BSD = jax.ShapeDtypeStruct((8, 100, 16), jnp.float32, sharding=rows)
+    share = NamedSharding(mesh, spec("VD", (64, 16), mesh))
+    table_VD = jax.ShapeDtypeStruct((64, 16), jnp.float32, sharding=share)
+    tokens_BS, supervised_BS = (jax.ShapeDtypeStruct((8, 100), dtype, sharding=rows) for dtype in (jnp.int32, bool))
+
+    def total(hidden_BSD, table_VD, tokens_BS, supervised_BS):
+        with on(mesh):
+            return next_token(hidden_BSD, whole(table_VD, "VD"), tokens_BS, supervised_BS).total
+
+    compiled = jax.jit(jax.grad(total, (0, 1))).lower(hidden_BSD, table_VD, tokens_BS, supervised_BS).compile()
+    before, entry = str(compiled.as_text()).split("\nENTRY ")
+    assert " while(" in entry
+    assert "all-gather" in entry and "all-reduce" in entry
+    assert not re.search(r" (all-|reduce-scatter|collective-permute)", before)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from tcjax.batch import Batch
+from tcjax.sharding import replicated
 from tcjax.vlm import Vlm
 
 
@@ -61,7 +62,7 @@ def make_generate(model: Vlm, *, end: int | Sequence[int]) -> Callable[[Batch, i
     """`answer(batch, steps) -> ids [B, steps]`, jitted; compiled once per shape and number of steps."""
     graphdef, state = nnx.split(model)
 
-    @partial(jax.jit, static_argnames="steps")
+    @partial(jax.jit, static_argnames="steps", out_shardings=replicated(state))
     def run(state: Any, batch: Batch, steps: int) -> jax.Array:
         return generate(nnx.merge(graphdef, state), batch, steps=steps, end=end)
 
@@ -71,5 +72,7 @@ def make_generate(model: Vlm, *, end: int | Sequence[int]) -> Callable[[Batch, i
 def make_prefill(model: Vlm) -> Callable[[Batch], jax.Array]:
     """`logits = prefill(batch)`, jitted: what the first token waits for."""
     graphdef, state = nnx.split(model)
-    run = jax.jit(lambda state, batch: prefill(nnx.merge(graphdef, state), batch, room=0)[0])
+    run = jax.jit(
+        lambda state, batch: prefill(nnx.merge(graphdef, state), batch, room=0)[0], out_shardings=replicated(state)
+    )
     return lambda batch: run(state, batch)

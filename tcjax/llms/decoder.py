@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jax.nn import initializers
 
 from tcjax.interop.lines import linear
@@ -28,7 +27,7 @@ from tcjax.nn import layers
 from tcjax.nn.attention import attend, attend_causally
 from tcjax.nn.dense import dense
 from tcjax.nn.norm import RMSNorm
-from tcjax.sharding import constrain, whole
+from tcjax.sharding import as_looked_up, constrain, whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +90,7 @@ class Decoder(nnx.Module):
     """cfg: the numbers it was built from."""
 
     def __init__(self, cfg: LlmConfig, *, rngs: nnx.Rngs):
-        self.cfg, self.remat = cfg, "none"  # `tcjax.train.state.recompute` switches
+        self.cfg, self.remat, self.packed = cfg, "none", False  # `tcjax.train.state.recompute` switches
         # 1 / sqrt(D), not Llama's 0.02 (which is that at D = 2500): a tied head then starts with logits of about 1, and
         # what a word is does not drown in the first block's output.
         rows = initializers.normal(cfg.width**-0.5)
@@ -103,7 +102,7 @@ class Decoder(nnx.Module):
 
     def embed(self, tokens_BS: jax.Array) -> jax.Array:
         """seq_BSD of text ids."""
-        return constrain(jnp.take(self.embedding[...], tokens_BS, axis=0), "BSD")
+        return constrain(as_looked_up(jnp.take(self.embedding[...], tokens_BS, axis=0), "BSD"), "BSD")
 
     def __call__(
         self, seq_BSD: jax.Array, valid_BS: jax.Array | None = None, segment_BS: jax.Array | None = None
@@ -186,6 +185,7 @@ class Decoder(nnx.Module):
                 value_BSJA,
                 valid_BS=valid_BS,
                 segment_BS=segment_BS,
+                shared=not self.packed,
                 positions_BS=positions_BS,
                 window=self.cfg.window,
             )
@@ -254,7 +254,6 @@ class Attention(nnx.Module):
         if self.qk_norm:
             query_BSKA, key_BSJA = self.query_norm(query_BSKA), self.key_norm(key_BSJA)
         mixed_BSKA, kept = look(rotate(query_BSKA, turn), rotate(key_BSJA, turn), value_BSJA)
-        mixed_BSKA = checkpoint_name(mixed_BSKA, layers.ATTENTION)
         return self.out(mixed_BSKA.reshape(B, S, -1)), kept
 
 

@@ -6,7 +6,8 @@ fsdp a layer's weights are gathered inside the loop, when it is their turn (tcja
 What the backward pass finds of a layer, by `remat`:
     none             all of it
     full             what came in; the layer is computed again (Chen et al. 2016)
-    save-attention   what came in and what attention gave (`checkpoint_name` "attention"): attention is not computed again
+    save-attention   what came in and what attention gave (`checkpoint_name` "attention", or all that cuDNN keeps):
+                     attention is not computed again
     offload          what came in, in the host's memory; the layer is computed again
 """
 
@@ -23,6 +24,7 @@ from tcjax.sharding import rows_apart, whole_vectors
 
 REMATS = ("none", "full", "save-attention", "offload")
 ATTENTION, INPUT = "attention", "layer input"  # names of what a policy may keep
+CUDNN = "dot_product_attention_fwd_wrapper"  # a primitive: what it keeps for the backward pass has no name
 _UNROLLED = 8  # so few layers run without a loop: a training step saves the copies in and out of it (1/5 on a CPU)
 
 
@@ -79,7 +81,8 @@ def run(
 def _policy(remat: str) -> Callable:
     policies = jax.checkpoint_policies
     if remat == "save-attention":
-        return policies.save_only_these_names(ATTENTION)
+        named = policies.save_only_these_names(ATTENTION)
+        return lambda primitive, *avals, **params: primitive.name == CUDNN or named(primitive, *avals, **params)
     if remat == "offload":
         return policies.save_and_offload_only_these_names(
             names_which_can_be_saved=[],

@@ -10,7 +10,7 @@ when P changes at a resume. Only rows that are handed out soon are read: plannin
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -111,6 +111,7 @@ def make_input(
     labels: tuple[str, ...] = LABELS,
     instructed: bool = False,
     measuring: Callable[[Source, int, int], None] = lambda source, done, num: None,
+    opened: Sequence[Records] = (),
 ) -> Input:
     """This process's share of every global batch.
 
@@ -122,6 +123,7 @@ def make_input(
         labels: which integer grids become the columns of `patch_labels_BNL`.
         instructed: the compressor is told the question: `instruction_BT` is filled.
         measuring: called with (source, records done, records) while lengths are measured.
+        opened: the sources, in their order, if they are open already.
 
     Returns:
         Input; batches of `data.batch / process_count` rows. `index_B` counts within the image's own source.
@@ -133,7 +135,7 @@ def make_input(
     chat = open_chat(root / data.tokenizer, data.template)
     samples = []
     for i, source in enumerate(data.sources):
-        prepared = open_source(root, source)
+        prepared = opened[i] if opened else open_source(root, source)
         known = None
         if data.batching != "rows":
             known = lengths.measured(

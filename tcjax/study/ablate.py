@@ -14,6 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax
+import numpy as np
+from flax import nnx
+from jax.experimental import multihost_utils
 from rich.console import Console
 
 from tcjax import content
@@ -22,7 +25,10 @@ from tcjax.config import Run
 from tcjax.export.families import has_twin
 from tcjax.export.run import export_artifact
 from tcjax.job import at, train_run, trained
+from tcjax.pipeline.source import open_source
+from tcjax.processes import is_first
 from tcjax.record import fingerprint, write_json
+from tcjax.sharding import own
 from tcjax.study import rows
 from tcjax.study.converged import converged
 from tcjax.train.log import environment, read_metrics
@@ -63,25 +69,34 @@ def study_runs(folder: Path, choice: Choice) -> tuple[list[Run], Path]:
     return runs, root
 
 
-def ablate(folder: Path, choice: Choice, *, out: Path | None = None, quiet: bool = False) -> Path:
-    """Run what is not finished yet; return the study's output folder."""
+def ablate(folder: Path, choice: Choice, *, only: int = 0, out: Path | None = None, quiet: bool = False) -> Path:
+    """Run what is not finished yet; return the study's output folder. only: one run's number, from 1; 0 is all of them."""
     runs, root = study_runs(folder, choice)
+    if not 0 <= only <= len(runs):
+        names = [f"{number} {run.name}" for number, run in enumerate(runs, 1)]
+        more = "" if len(runs) <= 12 else f", ... ({folder} --list names them all)"
+        raise ValueError(f"--run {only}: {folder} has {len(runs)} runs: {', '.join(names[:12])}{more}.")
     for run in runs:
         run.model.num_queries  # noqa: B018  # pyright: ignore  an impossible Q is said before hours of other runs
     study = out or root / "runs" / folder.resolve().name
-    console = Console(stderr=True, quiet=quiet)
+    console = Console(stderr=True, quiet=quiet or not is_first())
     done, begun = {row["fingerprint"]: row for row in rows.read(study)[0]}, time.perf_counter()
     for number, run in enumerate(runs, 1):
+        if only not in (0, number):
+            continue
         mark, place = fingerprint(run, root), study / run.name.rpartition("/")[2]
         head = f"[{number}/{len(runs)}] {run.name}"
-        if mark in done:
+        if _agreed(mark in done):
             console.print(f"{head}: finished before, skipped ({mark})", highlight=False)
             continue
         console.print(f"{head}  {time.perf_counter() - begun:.0f} s so far", highlight=False)
-        _claim(place, mark)
+        if is_first():
+            _claim(place, mark)
+        _together(f"{run.name} begins")
         for row in run_rows(run, mark, list(done.values()), root=root, place=place, quiet=quiet):
             done[row["fingerprint"]] = row
-            rows.append(study, row)
+            if is_first():
+                rows.append(study, row)
         means = {task: round(score["mean"], 3) for task, score in done[mark]["accuracy"].items()}
         text = f"{head}: mean {done[mark]['mean_accuracy']:.3f}  {means}"
         console.print(text, highlight=False, soft_wrap=True)
@@ -94,11 +109,15 @@ def run_rows(
 ) -> list[rows.Row]:
     """Train, score and export one run: a row for every other Q that the same weights are scored at, then its own.
 
+    Of several processes all call it; the first one writes.
+
     before: the study's rows so far, for the artifact's card.
     """
     config = run.model
     if not isinstance(config, VlmConfig):
         raise ValueError(f"{run.name} trains a {type(config).__name__}; a study compares compressors of a VLM.")
+    assert run.evaluate is not None
+    open_source(root, run.evaluate.source)  # what is missing is said before the training
     outcome = train_run(run, root=root, out=place, quiet=quiet)
     model, identity, step = trained(run, root=root, out=place)
     assert isinstance(model, Vlm)
@@ -113,7 +132,6 @@ def run_rows(
         **{name: environ[name] for name in ("commit", "hardware", "date", "command")},
     }
     found: list[rows.Row] = []
-    assert run.evaluate is not None
     for number in run.evaluate.queries:
         other, its_model = at(run, model, number)
         scores = evaluate_run(other, its_model, identity, root=root, out=place / f"at-{number}", quiet=quiet)
@@ -123,8 +141,22 @@ def run_rows(
     artifact = f"{place.name}/artifact" if has_twin(config.compressor) else None
     found.append(facts | _row(place.name, mark, scores, artifact))
     if artifact:
+        graphdef, weights = nnx.split(model.compressor)
+        model.compressor = nnx.merge(graphdef, own(weights))
+    if artifact and is_first():
         export_artifact(run, model, identity, out=place / "artifact", root=root, rows=[*before, *found])
     return found
+
+
+def _together(what: str) -> None:
+    """Until all processes are here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
+
+
+def _agreed(answer: bool) -> bool:
+    """The first process's answer: a disk that several share may show them different rows."""
+    return answer if jax.process_count() == 1 else bool(multihost_utils.broadcast_one_to_all(np.array(answer)))
 
 
 def _row(name: str, mark: str, scores: dict, artifact: str | None) -> rows.Row:

@@ -14,6 +14,7 @@ A row is {
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from pathlib import Path
@@ -26,7 +27,10 @@ Row = dict[str, Any]
 
 
 def append(study: Path, row: Row) -> None:
-    """Add a row durably: one write to the end of the file; neither a kill nor a second writer tears an older row."""
+    """Add a row durably: one write to the end of the file, under a lock that other hosts of a cluster see too.
+
+    Neither a kill nor a second writer tears an older row; runs of one study may end at the same moment.
+    """
     lacking = [key for key in REQUIRED if row.get(key) is None]
     if lacking:
         raise ValueError(f"a row lacks {lacking}; every row needs {list(REQUIRED)}.")
@@ -39,6 +43,7 @@ def append(study: Path, row: Row) -> None:
     study.mkdir(parents=True, exist_ok=True)
     file = os.open(study / FILE, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
     try:
+        fcntl.lockf(file, fcntl.LOCK_EX)  # an NFS client knows the end of a file only under a lock; closing lets it go
         size = os.fstat(file).st_size
         if size and os.pread(file, 1, size - 1) != b"\n":
             line = "\n" + line  # the last writer was killed: what it left is one broken line, not ours

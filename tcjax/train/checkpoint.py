@@ -1,11 +1,13 @@
 """Checkpoints: the trainable side, the optimiser, the data iterator's place, and who the frozen parts were.
 
 Orbax v1, asynchronous; a step is there when its commit marker is, so a kill or a full disk in mid-save leaves the
-previous one. Frozen weights are not saved: their content hashes are, and restoring beside other ones is refused.
+previous one. Every process writes and reads what lies on its devices; how many there are, and their mesh, may change. Frozen weights are not saved: their content hashes are, and restoring beside other ones is refused.
 """
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,16 +28,19 @@ class CheckpointMismatch(ValueError):
 
 
 class Checkpoints:
-    """The checkpoints of one run, in `folder`; the newest `keep` stay."""
+    """The checkpoints of one run, in `folder`; the newest `keep` stay.
 
-    def __init__(self, folder: Path, *, keep: int = 2):
-        self.folder = folder
+    saved: called with the seconds that a save went on behind `save`, once that is known: in the next `wait`.
+    """
+
+    def __init__(self, folder: Path, *, keep: int = 2, saved: Callable[[float], None] = lambda seconds: None):
+        self.folder, self._saved = folder, saved
         policies: dict[str, Any] = {  # orbax's own annotations do not admit its own policies
             "save_decision_policy": ocp.training.save_decision_policies.FixedIntervalPolicy(1),
             "preservation_policy": ocp.training.preservation_policies.LatestN(keep),
         }
         self._saver = ocp.training.Checkpointer(str(folder.absolute()), cleanup_tmp_directories=True, **policies)
-        self._pending: tuple[int, Any] | None = None
+        self._pending: tuple[int, Any, float] | None = None
         self._told = False
 
     def latest(self) -> int | None:
@@ -50,7 +55,8 @@ class Checkpoints:
             return
         items = {"state": state._asdict(), "iterator": iterator, "identity": identity}
         try:
-            self._pending = (step, self._saver.save_checkpointables_async(step, items))
+            response = self._saver.save_checkpointables_async(step, items)
+            self._pending = (step, response, time.time())
         except Exception as error:
             raise self._failed(step, error) from error
 
@@ -58,7 +64,7 @@ class Checkpoints:
         """Until the save under way is whole on disk. OSError naming the step that is safe if it failed."""
         if self._pending is None:
             return
-        step, response = self._pending
+        step, response, begun = self._pending
         self._pending = None
         try:
             if response is not None:
@@ -66,6 +72,9 @@ class Checkpoints:
             self._saver.wait()
         except Exception as error:
             raise self._failed(step, error) from error
+        folder = self.folder / str(step)  # it gets its name when it is whole
+        if folder.exists():
+            self._saved(max(folder.stat().st_ctime - begun, 0.0))
 
     def restore(self, like: State, identity: dict) -> Restored | None:
         """The newest checkpoint placed as `like` is; None if there is none. CheckpointMismatch if it is another run's."""

@@ -22,7 +22,7 @@ import ml_dtypes
 import numpy as np
 from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]  # compiled
 
-from tcjax.record import write_json
+from tcjax.record import unfinished, write_json
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 STEP = 64  # records per shard are a multiple of the images the tower is given at a time
@@ -62,14 +62,24 @@ class Layout:
 
 
 def write_shard(path: Path, entries: list[list[tuple[np.ndarray, np.ndarray | None]]]) -> None:
-    """entries: per record, per image its tokens and, where there are any, its grid."""
-    beside = path.with_suffix(".writing")
+    """entries: per record, per image its tokens and, where there are any, its grid.
+
+    Runs of one study that start together write the same shard: the first that is done removes what the others, or one that
+    was killed, have begun.
+    """
+    beside = unfinished(path)
     writer = array_record_module.ArrayRecordWriter(str(beside), "group_size:1,uncompressed")
     for images in entries:
         grids = [grid.astype(np.int32).tobytes() for _, grid in images if grid is not None]
         writer.write(b"".join([tokens.tobytes() for tokens, _ in images] + grids))
     writer.close()
-    beside.replace(path)
+    try:
+        beside.replace(path)
+    except FileNotFoundError:
+        if not path.is_file():
+            raise
+    for other in path.parent.glob(f"{path.name}.*.writing"):
+        other.unlink(missing_ok=True)
 
 
 class Features:

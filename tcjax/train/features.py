@@ -27,6 +27,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tcjax.config import Pixels
+from tcjax.sharding import own
 from tcjax.train.feature_store import DTYPES, Features, Layout, save_layout, write_shard
 
 BATCH = 64  # images per device and pass; fixed, so that a token does not depend on how many devices there are
@@ -112,7 +113,10 @@ def _check_disk(folder: Path, layout: Layout, shards: int) -> None:
 
 
 class _Tower:
-    """The tower compiled for `BATCH` images on each of this process's devices. shape: (N, C) it hands over."""
+    """The tower compiled for `BATCH` images on each of this process's devices, each with all of its weights.
+
+    shape: (N, C) it hands over.
+    """
 
     def __init__(self, tower: nnx.Module, pixels: Pixels, dtype: str):
         graphdef, state = nnx.split(tower)
@@ -123,7 +127,7 @@ class _Tower:
             return nnx.merge(graphdef, state)(*told).astype(jnp.dtype(DTYPES[dtype]))
 
         mesh = Mesh(np.array(jax.local_devices()), ("images",))
-        self._state = jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
+        self._state = jax.device_put(own(state), NamedSharding(mesh, PartitionSpec()))
         self._spread = NamedSharding(mesh, PartitionSpec("images"))
         self._run, self._pixels, self._batch = jax.jit(run), pixels, BATCH * mesh.size
         one = (jax.ShapeDtypeStruct((1, *pixels.shape), np.uint8), jax.ShapeDtypeStruct((1, 2), np.int32))

@@ -18,6 +18,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import tcjax
+from tcjax.config import Run
+from tcjax.record import to_dict, write_json
 
 WANDB_MODES = ("off", "online", "offline")
 
@@ -49,6 +51,29 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             continue
     return lines
+
+
+class Record:
+    """What a run's folder says about it: run.json, env.json, metrics.jsonl, and W&B; of several processes one writes."""
+
+    def __init__(self, run: Run, resumed_step: int, *, root: Path, out: Path, write: bool):
+        self._file, self._log, self._finish = None, lambda line: None, lambda: None
+        if write:
+            config = to_dict(run)
+            write_json(out / "run.json", config)
+            write_json(out / "env.json", environment(root))
+            self._log, self._finish = start_wandb(run.train.wandb, run.name, config, out)
+            self._file = MetricsFile(out / "metrics.jsonl", resumed_step)
+
+    def write(self, line: dict[str, Any]) -> None:
+        if self._file is not None:
+            self._file.write(line)
+            self._log(line)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._finish()
 
 
 class Reporter:

@@ -1,15 +1,17 @@
 """The training loop: feeds the jitted step, writes what happened, saves, resumes, and stops when told to.
 
-A run's folder: run.json (resolved config), env.json, metrics.jsonl, checkpoints/. Running the same config again goes on
-from the newest checkpoint with the same next batch; on CPU the losses are bit for bit those of an uninterrupted run.
-SIGTERM and Ctrl-C save the current step and end with `Stopped`. One step is in flight while the next batch is fetched.
+A run's folder: run.json (resolved config), env.json, metrics.jsonl, goodput.jsonl, checkpoints/. Running the same config
+again goes on from the newest checkpoint with the same next batch; on CPU the losses are bit for bit those of an
+uninterrupted run. SIGTERM and Ctrl-C save the current step and end with `Stopped`. One step is in flight while the next
+batch is fetched.
+
+Of several processes each feeds its share of every batch and saves what lies on its devices; the first one alone writes
+the other files and speaks. A signal to one of them stops all at the same step (tcjax/processes.py).
 """
 
 from __future__ import annotations
 
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,13 +22,15 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 
 from tcjax.batch import Batch
 from tcjax.config import Run
-from tcjax.record import to_dict, write_json
+from tcjax.processes import is_first, stop_signals
 from tcjax.sharding import check_batch, make_mesh, place, place_batch
 from tcjax.train import log
 from tcjax.train.checkpoint import Checkpoints
+from tcjax.train.goodput import FILE, Goodput, summary, told
 from tcjax.train.optimiser import make_optimiser, schedule
 from tcjax.train.state import compute_dtype, init, num_parameters, recompute, split
 from tcjax.train.step import Metrics, jit_step, make_step
@@ -75,6 +79,7 @@ def train(
     identity: dict,
     flops: Callable[[int, int], float] = lambda positions, supervised: 0.0,
     quiet: bool = False,
+    began: float | None = None,
 ) -> Outcome:
     """Train `run.train.trainable` of `model` for `run.train.steps` steps, from the newest checkpoint in `out` if there is one.
 
@@ -84,6 +89,7 @@ def train(
         identity: facts a checkpoint must agree with (model config, hashes of frozen weights).
         flops: useful floating-point operations of one sample's step by its positions, padding left out, and its supervised
             tokens, for the logged rate.
+        began: Unix time at which all this began, where that was long before now; for goodput.jsonl.
 
     Raises:
         Stopped: after SIGTERM or SIGINT, the current step saved.
@@ -91,11 +97,12 @@ def train(
         CheckpointMismatch: `out` holds another run's checkpoints.
         OSError: a save failed; the previous checkpoint is whole.
     """
-    config, started = run.train, time.perf_counter()
+    config, started, first_process = run.train, time.perf_counter(), is_first()
+    goodput = Goodput(out / FILE if first_process else None, began=began)
     mesh = make_mesh(run.mesh)
     check_batch(run.data.batch, mesh, config.accumulate)
     optimiser, dtype = make_optimiser(config), compute_dtype(config.compute)
-    recompute(model, config.remat)
+    recompute(model, config.remat, packed=run.data.batching == "packed")
     graphdef, trainable, frozen = split(model, config.trainable)
     frozen = place(frozen, mesh)
     state = place(init(place(trainable, mesh), optimiser), mesh)
@@ -104,20 +111,22 @@ def train(
     )
     step_fn = jit_step(step_fn, state, mesh)
 
-    checkpoints = Checkpoints(out / "checkpoints", keep=config.keep)
+    checkpoints = Checkpoints(out / "checkpoints", keep=config.keep, saved=goodput.background)
+    goodput.spend("init")
     restored = checkpoints.restore(state, identity)
     first = 0
     if restored is not None:
         first, state = restored.step, restored.state
         batches.set_state(restored.iterator)
-    write_json(out / "run.json", to_dict(run))
-    write_json(out / "env.json", log.environment(root))
-    wandb_log, wandb_finish = log.start_wandb(config.wandb, run.name, to_dict(run), out)
-    metrics_file = log.MetricsFile(out / "metrics.jsonl", first)
-    rate, window = schedule(config), _Window(flops)
+        goodput.spend("restore")
+    record = log.Record(run, first, root=root, out=out, write=first_process)
+    rate, window, code = schedule(config), _Window(flops), 1
+    reporter = log.Reporter(run.name, config.steps, every=config.log_every, quiet=quiet or not first_process)
 
     def judge(step: int, metrics: Metrics) -> dict[str, Any]:
         values = {name: float(value) for name, value in metrics._asdict().items()}
+        if step == first + 1:
+            goodput.first(step)
         if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
             safe = checkpoints.latest()
             good = "no checkpoint was saved yet" if safe is None else f"the last good checkpoint is step {safe}"
@@ -129,7 +138,9 @@ def train(
         return values
 
     try:
-        with log.Reporter(run.name, config.steps, every=config.log_every, quiet=quiet) as reporter, _signals() as told:
+        if first < config.steps:
+            goodput.start(first)
+        with reporter, stop_signals() as told_to:
             learns, rests = num_parameters(trainable), num_parameters(frozen)
             reporter.say(f"{run.name}: {learns:,} parameters learn, {rests:,} are frozen; mesh {dict(mesh.shape)}")
             if first:
@@ -141,15 +152,18 @@ def train(
                     read = next(batches)
                     batch = place_batch(read, mesh)
                 window.read(read)
+                goodput.spend("data")
                 state, metrics = step_fn(state, frozen, batch, np.int32(step))
-                if step_fn._cache_size() > compiled:  # pyright: ignore[reportAttributeAccessIssue]
+                fresh = step == first + 1 or step_fn._cache_size() > compiled  # pyright: ignore[reportAttributeAccessIssue]
+                goodput.spend("compile" if fresh else "step")
+                if fresh and step > first + 1:
                     compiled += 1
                     length = read.valid_BS.shape[1]
                     reporter.say(f"{run.name}: step {step} has rows of {length} positions; compilation {compiled}")
                 if pending is not None:
                     judge(*pending)
                 pending = (step, metrics)
-                stop = told()
+                stop = told_to()
                 logs = step % config.log_every == 0 or step == config.steps
                 saves = (config.save_every and step % config.save_every == 0) or step == config.steps or stop
                 if logs or saves:
@@ -160,26 +174,33 @@ def train(
                             **values,
                             "learning_rate": float(np.asarray(rate(step - 1))),
                             **window.rates(),
-                            **batches.counts(),
+                            **_of_all(batches.counts()),
                         }
-                        metrics_file.write(line)
-                        wandb_log(line)
+                        record.write(line)
                         reporter.show(step, line)
+                goodput.stepped(step)
                 if saves:
                     checkpoints.save(step, state, batches.get_state(), identity)
+                    goodput.spend("save")
                 if stop:
                     checkpoints.wait()
+                    goodput.spend("save")
+                    code = 128 + stop
                     reporter.say(
                         f"{run.name}: signal {stop}; step {step} of {config.steps} is saved, run again to resume"
                     )
-                    raise Stopped(128 + stop)
+                    raise Stopped(code)
             if left_out := batches.report():
                 reporter.say(f"{run.name}: {left_out}")
         checkpoints.wait()
+        goodput.spend("save")
+        code = 0
     finally:
-        metrics_file.close()
+        goodput.end(code)
+        record.close()
         checkpoints.close()
-        wandb_finish()
+    if first_process and first < config.steps:
+        reporter.say(f"{run.name}: {told(summary(out))}")
     trained = nnx.merge(graphdef, state.trainable, frozen)
     return Outcome(
         model=trained,
@@ -238,16 +259,9 @@ def num_samples(batch: Batch) -> int:
     return int(np.sum(np.max(batch.segment_BS, axis=1, where=batch.valid_BS, initial=0)))
 
 
-@contextmanager
-def _signals() -> Iterator[Any]:
-    """Inside, SIGTERM and SIGINT only note themselves; the yielded function returns the noted number or 0."""
-    noted: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: 0
-        return
-    before = {number: signal.signal(number, lambda n, _: noted.append(n)) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield lambda: noted[0] if noted else 0
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def _of_all(counts: dict[str, int]) -> dict[str, int]:
+    """What the processes counted, each in its share, added up; each of them must ask."""
+    if jax.process_count() == 1:
+        return counts
+    every = multihost_utils.process_allgather(np.array(list(counts.values()), np.int64))
+    return dict(zip(counts, every.sum(0).tolist(), strict=True))

@@ -66,14 +66,17 @@ def compute_dtype(name: str) -> Any:
     return COMPUTE[name]
 
 
-def recompute(model: Any, remat: str) -> None:
-    """In place: what of the LLM's blocks is kept for the backward pass. ValueError for an unknown policy or no LLM."""
+def recompute(model: Any, remat: str, *, packed: bool = False) -> None:
+    """In place: what of the LLM's blocks is kept for the backward pass. ValueError for an unknown policy or no LLM.
+
+    packed: the rows to come hold whole samples, so that no segment 0 is shared, and attention may rely on it.
+    """
     if remat not in REMATS:
         raise ValueError(f"train.remat={remat!r} is not one of {list(REMATS)}.")
     if remat != "none" and not hasattr(model, "llm"):
         raise ValueError(f"train.remat={remat!r} is about an LLM, and {type(model).__name__} has none.")
     if hasattr(model, "llm"):
-        model.llm.remat = remat
+        model.llm.remat, model.llm.packed = remat, packed
 
 
 def num_parameters(tree: Any) -> int:
