@@ -13,6 +13,7 @@ from tcjax.config import MeshConfig, Run
 from tcjax.plan.compile import DoesNotFit, _refused
 from tcjax.plan.plan import Plan, laid_out, plan
 from tcjax.plan.topology import topology
+from tcjax.plan.traffic import traffic
 from tcjax.shapes import abstract_batch, held, parts
 from tcjax.sharding import MESH_AXES
 from tests.tiny import a_run
@@ -96,6 +97,22 @@ def test_what_the_compiler_refuses_is_told_in_bytes(tmp_path):
     found = ahead(run, "v5e:4x4", tmp_path, data=16, fsdp=1)
     assert not found.fits and found.available == 15.75 * GIB and found.peak > 25 * GIB
     assert found.verdict.startswith("does not fit: needs ") and found.verdict.endswith("of 15.75 GiB per device")
+
+
+KERNEL = """HloModule step, num_partitions=2
+
+ENTRY %main (x: f32[4]) -> f32[8] {
+  %x = f32[4]{0} parameter(0)
+  %kernel = f32[4]{0} custom-call(%x), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"xprof_metadata":"{}"
+}}, metadata={op_name="splash"}
+  ROOT %whole = f32[8]{0} all-gather(%kernel), channel_id=1, replica_groups={{0,1}}, dimensions={0}, use_global_device_ids=true
+}
+"""
+
+
+def test_a_kernel_whose_attributes_take_several_lines_is_read_over():
+    assert traffic(KERNEL, [0, 0]).ici_bytes == 16
 
 
 REFUSALS = {
