@@ -55,6 +55,11 @@ def llama_3_8b(weights: str = "") -> LlmConfig:
     )
 
 
+def llama_3_70b(weights: str = "") -> LlmConfig:
+    """meta-llama/Meta-Llama-3-70B, 8192 positions: 70,553,706,496 parameters."""
+    return replace(llama_3_8b(weights), width=8192, layers=80, heads=64, feed_forward=28_672)
+
+
 def llama_3_1_8b(weights: str = "") -> LlmConfig:
     """meta-llama/Llama-3.1-8B, Llama-3-8B stretched to 131,072 positions: 8,030,261,248 parameters."""
     return replace(llama_3_8b(weights), rope_scaling=Llama3Scaling(factor=8.0))

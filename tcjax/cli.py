@@ -3,6 +3,7 @@
     tcjax train CONFIG [--field value ...]      CONFIG is file.py or file.py:function; any field by its dotted name
     tcjax evaluate RUN [--benchmark NAME --files DIR] | compare RUN RUN | generate RUN IMAGE QUESTION
     tcjax report STUDY_DIR | export RUN --out DIR | import CHECKPOINT --out DIR | ablate STUDY
+    tcjax plan CONFIG --topology v5e:16x16      will it fit, and what would it cost; nobody needs to own one
     tcjax compressors | data prepare|verify|preview SOURCE
 
 `TCJAX_TRACE=1` shows the trace as well.
@@ -28,6 +29,7 @@ from tcjax import processes
 from tcjax.arguments import numbers, pair, parse
 from tcjax.cli_answers import Compare, Evaluate, Generate, compare, evaluate, generate
 from tcjax.cli_data import Data, data
+from tcjax.cli_plan import Plan, plan
 from tcjax.cli_weights import Export, Import, export_weights, import_weights
 
 Positional = tyro.conf.Positional
@@ -239,6 +241,7 @@ _FORMS: dict[str, type] = {
     "report": Report,
     "export": Export,
     "import": Import,
+    "plan": Plan,
     "compressors": Compressors,
     "data": Data,
 }
@@ -251,6 +254,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "report": _report,
     "export": export_weights,
     "import": import_weights,
+    "plan": plan,
     "compressors": _compressors,
     "data": data,
 }

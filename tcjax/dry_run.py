@@ -17,22 +17,19 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AbstractMesh
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tcjax.assemble import abstract
 from tcjax.batch import Batch
 from tcjax.config import MeshConfig, Run
-from tcjax.evaluate.cost import training_flops
 from tcjax.pipeline.chat import Chat, Composed, open_chat
 from tcjax.pipeline.source import open_source
-from tcjax.sharding import MESH_AXES, check_batch, spec
-from tcjax.train.state import cast, compute_dtype, part_of, recompute, split
-from tcjax.vlm import VlmConfig
+from tcjax.shapes import abstract_batch, held, parts, useful_flops, ways
+from tcjax.sharding import MESH_AXES, check_batch
+from tcjax.train.state import cast, compute_dtype, part_of
 
 
 def dry_run(run: Run, *, root: Path) -> dict[str, Any]:
@@ -46,26 +43,19 @@ def dry_run(run: Run, *, root: Path) -> dict[str, Any]:
     config: Any = run.model
     mesh = _mesh(run.mesh)
     check_batch(run.data.batch, mesh, run.train.accumulate)
-    how = run.train
-    model = abstract(config, trainable=how.trainable, frozen=how.frozen, lora=how.lora)
-    recompute(model, how.remat, packed=run.data.batching == "packed")
-    graphdef, trainable, frozen = split(model, run.train.trainable)
-    learned = _held(trainable, mesh)
-    cached = bool(run.train.feature_cache)
+    graphdef, trainable, frozen = parts(run)
+    learned = held(trainable, mesh)
     figures: dict[str, Any] = {
-        "parameters": _of_parts(nnx.state(model)),
+        "parameters": _of_parts(trainable, frozen),
         "learning": _of_parts(trainable),
-        "weights": learned + _held(frozen, mesh),
+        "weights": learned + held(frozen, mesh),
         "training": 3 * learned,
         "activations": _kept(run, graphdef, trainable, frozen, mesh),
         "mesh": dict(mesh.shape),
         "steps": run.train.steps,
         "samples": run.train.steps * run.data.batch,
-        "flops": None,
+        "flops": useful_flops(run),
     }
-    if isinstance(config, VlmConfig):
-        each = training_flops(config, run.data.text_length, how.trainable, lora=how.lora, cached_features=cached)
-        figures["flops"] = run.data.batch * each
     return figures | _data(run, root, config.num_queries)
 
 
@@ -78,38 +68,19 @@ def _mesh(config: MeshConfig) -> AbstractMesh:
     return AbstractMesh(tuple(sizes), MESH_AXES)
 
 
-def _of_parts(state: Any) -> dict[str, int]:
+def _of_parts(*states: Any) -> dict[str, int]:
     """Parameters by part."""
     counts: dict[str, int] = {}
-    for path, leaf in nnx.to_flat_state(state):
+    for path, leaf in (pair for state in states for pair in nnx.to_flat_state(state)):
         counts[part_of(path)] = counts.get(part_of(path), 0) + math.prod(leaf.get_value().shape)
     return counts
-
-
-def _held(state: Any, mesh: AbstractMesh) -> int:
-    """Bytes on one device, sharded as `place` does it."""
-    total = 0
-    for _, leaf in nnx.to_flat_state(state):
-        for value in jax.tree.leaves(leaf.get_value()):  # codes and scale of a quantised one
-            total += math.prod(value.shape) * value.dtype.itemsize // _ways(leaf, value, mesh)
-    return total
-
-
-def _ways(leaf: Any, value: Any, mesh: AbstractMesh) -> int:
-    """Among how many devices `place` splits it."""
-    entries = [entry for entry in spec(leaf.get_metadata("axes"), value.shape, mesh) if entry]
-    return math.prod(mesh.shape[name] for entry in entries for name in _names(entry))
-
-
-def _names(entry: str | tuple[str, ...]) -> tuple[str, ...]:
-    return (entry,) if isinstance(entry, str) else entry
 
 
 def _kept(run: Run, graphdef: Any, trainable: Any, frozen: Any, mesh: AbstractMesh) -> int:
     """Bytes that one device keeps from a microbatch's forward to its backward pass, weights not counted again."""
     rows = run.data.batch // (mesh.shape["data"] * mesh.shape["fsdp"] * run.train.accumulate)
     dtype = compute_dtype(run.train.compute)
-    batch = _abstract_batch(run, rows)
+    batch = abstract_batch(run, rows)
 
     def pull_back(trainable: Any, frozen: Any, batch: Batch) -> Any:
         def total(trainable: Any) -> jax.Array:
@@ -122,45 +93,12 @@ def _kept(run: Run, graphdef: Any, trainable: Any, frozen: Any, mesh: AbstractMe
     given = {id(variable) for variable in (*jaxpr.invars, *jaxpr.constvars)}
     kept = {id(variable): variable.aval for variable in jaxpr.outvars if id(variable) not in given}
     # A weight in the type of the computation lies as the weight does; everything else belongs to this device's rows.
-    ways = {leaf.get_value().shape: _ways(leaf, leaf.get_value(), mesh) for _, leaf in nnx.to_flat_state(trainable)}
+    split_ways = {
+        leaf.get_value().shape: ways(leaf, leaf.get_value(), mesh) for _, leaf in nnx.to_flat_state(trainable)
+    }
     return sum(
-        math.prod(aval.shape) * aval.dtype.itemsize // ways.get(aval.shape, 1)  # pyright: ignore
+        math.prod(aval.shape) * aval.dtype.itemsize // split_ways.get(aval.shape, 1)  # pyright: ignore
         for aval in kept.values()
-    )
-
-
-def _abstract_batch(run: Run, rows: int) -> Batch:
-    """The shapes of `rows` rows; the tower's tokens instead of pixels where they are cached."""
-    config: Any = run.model
-    images = rows * run.data.images
-    S = run.data.images * config.num_queries + run.data.text_length
-
-    def array(dtype: Any, *shape: int, lead: int = rows) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((lead, *shape), dtype)
-
-    if run.train.feature_cache:
-        widths = config.widths
-        seen = {
-            "features_BNC": array(
-                jnp.dtype(run.train.feature_cache),
-                widths.num_tokens,
-                (1 + widths.levels) * widths.vision_C,
-                lead=images,
-            )
-        }
-    else:
-        seen = {"images_BYX3": array(jnp.uint8, *config.tower.pixels.shape, lead=images)}
-    if config.tower.pixels.geometry == "naflex":
-        seen["grids_B2"] = array(jnp.int32, 2, lead=images)
-    return Batch(
-        tokens_BS=array(jnp.int32, S),
-        is_image_BS=array(jnp.bool_, S),
-        supervised_BS=array(jnp.bool_, S),
-        valid_BS=array(jnp.bool_, S),
-        segment_BS=array(jnp.int32, S) if run.data.independent_turns or run.data.batching == "packed" else None,
-        instruction_BT=array(jnp.int32, run.data.instruction_length, lead=images) if config.reads_text else None,
-        index_B=array(jnp.int32, lead=images),
-        **seen,
     )
 
 

@@ -44,18 +44,23 @@ _MOVING = "BEFIV"  # letters by which activations are split where they are used
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """A (data, fsdp, tensor) mesh over `devices` (default: all). ValueError if the sizes do not multiply to them."""
     devices = jax.devices() if devices is None else devices
+    return _laid(mesh_sizes(config, len(devices)), devices)
+
+
+def mesh_sizes(config: MeshConfig, count: int) -> list[int]:
+    """(data, fsdp, tensor) of so many devices. ValueError if the sizes do not multiply to them."""
     sizes = [config.data, config.fsdp, config.tensor]
     known = math.prod(size for size in sizes if size != -1)
     if sizes.count(-1) > 1 or any(size == 0 or size < -1 for size in sizes):
         raise ValueError(f"mesh sizes are positive, and at most one is -1 (what the others leave); got {config}.")
-    if -1 in sizes and known and len(devices) % known == 0:
-        sizes[sizes.index(-1)] = len(devices) // known
-    if math.prod(sizes) != len(devices):
+    if -1 in sizes and known and count % known == 0:
+        sizes[sizes.index(-1)] = count // known
+    if math.prod(sizes) != count:
         raise ValueError(
-            f"{config} does not multiply to the {len(devices)} devices of this process group; "
-            f"sizes must divide {len(devices)}, and one may be -1."
+            f"{config} does not multiply to the {count} devices of this process group; "
+            f"sizes must divide {count}, and one may be -1."
         )
-    return _laid(sizes, devices)
+    return sizes
 
 
 def _laid(sizes: list[int], devices: Sequence[Any]) -> Mesh:

@@ -110,7 +110,7 @@ def parse(text: str) -> Module:
         if head and not _NAMED.match(line):
             name, found, root = head[2], {}, None
             entry = name if head[1] else entry
-        elif name and line.startswith("}"):
+        elif name and line.rstrip() == "}":  # a Pallas kernel's attributes have lines that begin with }},
             if root is None:
                 raise ValueError(f"computation {name} of this HLO text has no ROOT.")
             computations[name], name = Computation(found, root), ""
