@@ -75,6 +75,7 @@ def train_run(run: Run, *, root: Path, out: Path, quiet: bool = False, began: fl
     """
     config: Any = run.model
     began, quiet = began or time.time(), quiet or not is_first()
+    config.num_queries  # noqa: B018  an impossible Q is said first
     if isinstance(config, VlmConfig):  # before gigabytes are read
         open_chat(root / run.data.tokenizer, run.data.template).check_vocab(config.llm.vocab)
     opened = [open_source(root, source) for source in run.data.sources]
