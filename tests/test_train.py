@@ -15,7 +15,7 @@ from tcjax.config import MeshConfig, TrainConfig
 from tcjax.interop.names import flatten
 from tcjax.sharding import make_mesh, place, place_batch
 from tcjax.train.optimiser import make_optimiser, schedule
-from tcjax.train.state import init, num_parameters, split
+from tcjax.train.state import init, num_parameters, recompute, split
 from tcjax.train.step import jit_step, make_step
 from tests.tiny import VLM, a_model, a_run, batch_at, go, losses
 
@@ -26,7 +26,9 @@ def stepped(mesh_config: MeshConfig, num_devices: int, *, accumulate: int = 1, s
     """Losses and trained parameters of three steps on a mesh of the first devices."""
     config = TrainConfig(steps=steps, peak_lr=1e-2, warmup=0.0, weight_decay=0.1, **train_changes)
     mesh = make_mesh(mesh_config, jax.devices()[:num_devices])
-    graphdef, trainable, frozen = split(a_model(), config.trainable)
+    model = a_model()
+    recompute(model, config.remat)
+    graphdef, trainable, frozen = split(model, config.trainable)
     optimiser = make_optimiser(config)
     state, frozen = place(init(place(trainable, mesh), optimiser), mesh), place(frozen, mesh)
     step = jit_step(make_step(graphdef, optimiser, accumulate=accumulate), state, mesh)
@@ -59,6 +61,16 @@ def test_eight_devices_and_microbatches_equal_one_device(on_one_device, mesh, ac
     np.testing.assert_allclose(metrics, on_one_device[0], atol=1e-5, rtol=1e-5)
     for path, array in on_one_device[1].items():
         np.testing.assert_allclose(parameters[path], array, atol=1e-5, err_msg=path)
+
+
+def test_a_learning_llm_computed_again_on_eight_devices_equals_one():
+    learns = {"trainable": ("compressor", "llm"), "remat": "full"}
+    alone, sharded = (
+        stepped(*mesh, **learns) for mesh in ((MeshConfig(), 1), (MeshConfig(data=2, fsdp=2, tensor=2), 8))
+    )
+    np.testing.assert_allclose(sharded[0], alone[0], atol=1e-5, rtol=1e-5)
+    for path, array in alone[1].items():
+        np.testing.assert_allclose(sharded[1][path], array, atol=1e-5, err_msg=path)
 
 
 def test_frozen_parts_are_bit_identical_and_the_compressor_moves(tmp_path):

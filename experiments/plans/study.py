@@ -13,11 +13,13 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
 from configs import llava, llms
 from tcjax.config import Run
+from tcjax.train.log import environment
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -93,7 +95,7 @@ def main() -> None:
             print(f"{row.name}: {found[-1]['verdict']}", flush=True)
     if not only:
         (HERE / "plans.jsonl").write_text("".join(json.dumps(line) + "\n" for line in found))
-        (HERE / "plans.md").write_text(table(found))
+        (HERE / "plans.md").write_text(table(found, environment(ROOT)))
 
 
 def planned(row: Row) -> dict:
@@ -108,11 +110,13 @@ def planned(row: Row) -> dict:
     return {"row": row.name, "group": row.group, "command": " ".join(row.command), **facts}
 
 
-def table(rows: list[dict]) -> str:
+def table(rows: list[dict], made: dict) -> str:
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("jax", "libtpu", "jax-cuda13-plugin"))
     lines = [
         "# Plans",
         "",
-        "Per device; step and hours are predictions. Made by `python -m experiments.plans.study`.",
+        "Per device; step and hours are predictions. Made by `python -m experiments.plans.study` at commit",
+        f"{made['commit']}, {made['date'][:10]}, {made['hardware']}, {versions}. `plans.jsonl` has each row's own command.",
         "",
     ]
     heads = (
