@@ -189,9 +189,9 @@ def _fitted(value: Any, hint: Any, what: str) -> Any:
             return turn(value)
         except ValueError:
             pass
-    if origin is tuple and (flag or isinstance(value, list)):
-        item, words = typing.get_args(hint)[0], value.split(",") if flag else value
-        return tuple(_fitted(word, item, what) for word in words if not (flag and not word))
+    if origin is tuple and isinstance(value, str | list):
+        words = [word for word in value.split(",") if word] if isinstance(value, str) else value
+        return tuple(_fitted(word, typing.get_args(hint)[0], what) for word in words)
     if origin is dict and isinstance(value, dict):
         item = typing.get_args(hint)[1]
         return {key: _fitted(word, item, what) for key, word in value.items()}
