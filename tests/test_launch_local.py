@@ -78,7 +78,7 @@ def test_who_does_not_end_is_killed_after_the_grace(tmp_path):
 
 
 def assert_ends_by(number: int, code: int, folder: Path) -> None:
-    script = f"trap 'echo told; exit {code}' {number}; touch begun$JAX_PROCESS_ID; while :; do sleep 0.05; done"
+    script = f"trap 'echo told; exit {code}' {number}; touch begun$JAX_PROCESS_ID; while :; do sleep 0.05 & wait; done"
     process = subprocess.Popen(
         [*LAUNCH, "--", "bash", "-c", script], cwd=folder, env=ENVIRON, stdout=subprocess.PIPE, text=True
     )
