@@ -22,6 +22,7 @@ from configs.compressors import CATALOGUE
 from tcjax.assemble import assemble
 from tcjax.batch import Batch
 from tcjax.config import MeshConfig, Pixels
+from tcjax.plan.chips import CHIPS
 from tcjax.sharding import make_mesh
 from tcjax.vlm import VlmConfig
 
@@ -36,12 +37,10 @@ SIZES = {
     "13b": (CLIP, llms.vicuna_13b()),
 }
 
-PEAKS = {"H100": 989.0, "H200": 989.0, "A100": 312.0}  # TFLOP/s, dense bfloat16, from the makers' sheets
-
 
 def peak_of(device_kind: str) -> float:
-    """TFLOP/s of a device of this name, 0 if it is not known."""
-    return next((peak for kind, peak in PEAKS.items() if kind in device_kind), 0.0)
+    """TFLOP/s in bfloat16 of a device of this name, as the planner counts with; 0 if it is not known."""
+    return next((chip.flops / 1e12 for chip in CHIPS.values() if chip.device_kind == device_kind), 0.0)
 
 
 def shape(size: str, num_queries: int, compressor: str = "resampler") -> VlmConfig:

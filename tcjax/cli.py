@@ -11,7 +11,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import json
 import os
@@ -20,19 +19,37 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
 
 import tyro
 
 import tcjax
 from tcjax import processes
-from tcjax.arguments import numbers, pair, parse
+from tcjax.arguments import numbers, pair, parse, parse_run
 from tcjax.cli_answers import Compare, Evaluate, Generate, compare, evaluate, generate
 from tcjax.cli_data import Data, data
 from tcjax.cli_plan import Plan, plan
 from tcjax.cli_weights import Export, Import, export_weights, import_weights
 
 Positional = tyro.conf.Positional
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """Train a run; any of its fields can be given. What was interrupted goes on from its newest checkpoint.
+
+    out: the run's folder (default: runs/<name> in the project). dry_run: parameters, memory, FLOPs, steps and the first
+    sample, without loading or running anything; json: these for machines.
+    coordinator, processes, process: HOST:PORT of process 0, how many train together, which one this is; left out, the
+    environment, Slurm, Open MPI or the TPU says.
+    """
+
+    out: Path | None = None
+    dry_run: bool = False
+    json: bool = False
+    quiet: bool = False
+    coordinator: str = ""
+    processes: int = 0
+    process: int = -1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if verb not in VERBS:
         print(f"tcjax: no verb {verb!r}; choose one of {', '.join(VERBS)}.", file=sys.stderr)
         return 2
+    _look_for_no_accelerators()
     try:
         return VERBS[verb](rest)
     except (ValueError, OSError, ArithmeticError) as error:
@@ -109,6 +127,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return processes.end(1, error)
 
 
+# What Linux shows of NVIDIA, TPU, AMD and other accelerators, and of GPUs in its Windows subsystem.
+_ACCELERATORS = ("nvidia*", "accel*", "vfio/*", "kfd", "dri", "dxg")
+
+
+def _look_for_no_accelerators() -> None:
+    """JAX is not sent to look for what is not there: the compilers that `tcjax plan` needs would complain at length."""
+    if sys.platform == "linux" and not any(any(Path("/dev").glob(pattern)) for pattern in _ACCELERATORS):
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+
 def _usage() -> str:
     lines = [
         f"tcjax {tcjax.__version__}: {(tcjax.__doc__ or '').partition(': ')[2].strip()}",
@@ -121,9 +149,6 @@ def _usage() -> str:
     return "\n".join(lines + [f"  {name:<12}{texts[name]}" for name in VERBS] + ["", "tcjax VERB --help says more."])
 
 
-_DRY = "--dry-run: parameters, memory, FLOPs, steps and the first sample, without loading or running anything."
-
-
 def _train(arguments: list[str]) -> int:
     from tcjax import content
 
@@ -134,38 +159,15 @@ def _train(arguments: list[str]) -> int:
         print("configs/boards.py; `tcjax train CONFIG --help` lists every field with its default.")
         return 0 if arguments[:1] in (["-h"], ["--help"]) else 2
     config, root = content.find(arguments[0])
-    default = config()
-    run_type = type(default)
-    form = dataclasses.make_dataclass(
-        "train",
-        [
-            ("run", Annotated[run_type, tyro.conf.arg(name="")]),
-            ("out", Path | None),
-            ("dry_run", bool),
-            ("json", bool),
-            ("quiet", bool),
-            ("coordinator", Annotated[str, tyro.conf.arg(help="HOST:PORT of process 0, if there are several.")]),
-            ("processes", Annotated[int, tyro.conf.arg(help="How many processes train together.")]),
-            ("process", Annotated[int, tyro.conf.arg(help="Which of them this is, from 0.")]),
-        ],
-        namespace={"__doc__": f"Train {default.name}; any field can be given. {_DRY}"},
-    )
-    asked: Any = tyro.cli(
-        form,
-        args=arguments[1:],
-        default=form(default, None, False, False, False, "", 0, -1),
-        prog=f"tcjax train {arguments[0]}",
-        config=(tyro.conf.AvoidSubcommands,),
-    )
-
+    asked, run = parse_run(Train, config(), "train", arguments)
     if asked.dry_run:
         from tcjax.dry_run import dry_run, show
 
-        figures = dry_run(asked.run, root=root)
+        figures = dry_run(run, root=root)
         if asked.json:
             print(json.dumps(figures, indent=1))
         else:
-            show(asked.run, figures, about=inspect.getdoc(config) or "")
+            show(run, figures, about=inspect.getdoc(config) or "")
         return 0
 
     from tcjax.train.goodput import process_start
@@ -175,10 +177,10 @@ def _train(arguments: list[str]) -> int:
 
     from tcjax.job import train_run
 
-    out = asked.out or root / "runs" / asked.run.name
-    outcome = train_run(asked.run, root=root, out=out, quiet=asked.quiet, began=began)
+    out = asked.out or root / "runs" / run.name
+    outcome = train_run(run, root=root, out=out, quiet=asked.quiet, began=began)
     if processes.is_first() and not asked.quiet:
-        print(f"{asked.run.name}: {outcome.steps} steps in {outcome.seconds:.0f} s; {out}")
+        print(f"{run.name}: {outcome.steps} steps in {outcome.seconds:.0f} s; {out}")
     return 0
 
 

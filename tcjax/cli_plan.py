@@ -9,9 +9,9 @@ import dataclasses
 import json
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import tyro
+from tcjax.arguments import parse_run
 
 DOES_NOT_FIT = 3
 
@@ -47,29 +47,12 @@ def plan(arguments: list[str]) -> int:
     from tcjax import content
 
     config, root = content.find(arguments[0])
-    asked, run = _asked(config(), arguments)
+    asked, run = parse_run(Plan, config(), "plan", arguments)
+    if asked.batch < 0:
+        raise ValueError(f"--batch {asked.batch}: takes a whole number from 1 up; left out, the config decides.")
+    if asked.batch:
+        run = run.replace(data=dataclasses.replace(run.data, batch=asked.batch))
     return _planned(run, asked, root)
-
-
-def _asked(default: Any, arguments: list[str]) -> tuple[Plan, Any]:
-    """The flags, and the run with the fields that were given."""
-    run: Any = Annotated[type(default), tyro.conf.arg(name="")]
-    fields = [(field.name, field.type, field) for field in dataclasses.fields(Plan)]
-    form = dataclasses.make_dataclass(
-        "plan", [("run", run), *fields], kw_only=True, namespace={"__doc__": Plan.__doc__}
-    )
-    asked: Any = tyro.cli(
-        form,
-        args=arguments[1:],
-        default=form(run=default, topology=tyro.MISSING),
-        prog=f"tcjax plan {arguments[0]}",
-        config=(tyro.conf.AvoidSubcommands,),
-    )
-    given = Plan(**{field.name: getattr(asked, field.name) for field in dataclasses.fields(Plan)})
-    if given.batch < 0:
-        raise ValueError(f"--batch {given.batch}: takes a whole number from 1 up; left out, the config decides.")
-    data = asked.run.data
-    return given, asked.run.replace(data=dataclasses.replace(data, batch=given.batch or data.batch))
 
 
 def _planned(run: Any, asked: Plan, root: Path) -> int:

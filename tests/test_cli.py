@@ -1,10 +1,16 @@
 """The door: wrong words are answered in one line with the right ones, exit code 2, no trace; nothing is lost."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
-from tcjax.cli import main
+from tcjax.cli import _ACCELERATORS, main
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_no_verb_lists_the_verbs(capsys):
@@ -102,3 +108,12 @@ def test_the_catalogue_as_json_knows_which_q_a_grid_gives(capsys):
 def test_the_version_is_the_packages(capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == "tcjax 0.1.0\n"
+
+
+def test_a_machine_without_accelerators_hears_nothing_of_them():
+    if any(any(Path("/dev").glob(pattern)) for pattern in _ACCELERATORS):
+        pytest.skip("this machine has something that may be an accelerator")
+    environ = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
+    command = [sys.executable, "-m", "tcjax.cli", "compressors", "--json"]
+    done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == ""
