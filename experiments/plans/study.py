@@ -88,14 +88,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="rows whose name contains this; nothing is written")
     only = parser.parse_args().only
-    found = []
+    found, made = [], environment(ROOT)
     for row in ROWS:
         if only in row.name:
             found.append(planned(row))
             print(f"{row.name}: {found[-1]['verdict']}", flush=True)
     if not only:
         (HERE / "plans.jsonl").write_text("".join(json.dumps(line) + "\n" for line in found))
-        (HERE / "plans.md").write_text(table(found, environment(ROOT)))
+        (HERE / "plans.md").write_text(table(found, made))
 
 
 def planned(row: Row) -> dict:
