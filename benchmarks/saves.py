@@ -1,6 +1,6 @@
 """What a checkpoint costs: seconds that steps wait for it, and seconds it goes on beside them.
 
-    python benchmarks/saves.py [--saves 8] [--every 20] [--folder DIR]
+    python -m benchmarks.saves [--saves 8] [--every 20] [--folder DIR]
 
 The state is a resampler of 64 queries and one layer, trainable parameters in float32 and AdamW's two moments, between
 neighbours of two sizes: a tower of 768 and an LLM of 896, and LLaVA-1.5's 1024 and 4096. Between two saves a small program
