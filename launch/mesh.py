@@ -1,6 +1,7 @@
 """Whether the mesh a command asks for is the machine it gets: --mesh.data, --mesh.fsdp and --mesh.tensor against devices.
 
-The flags alone are read. What they leave open the config decides, and the training itself refuses a mesh of another size.
+The flags alone are read. What they leave open the config decides, and the training itself refuses a mesh of another size;
+so that several slices are not paid for in vain, they are asked for in words: --mesh.data.
 """
 
 from __future__ import annotations
@@ -38,5 +39,7 @@ def faults(command: Sequence[str], devices: int, replicas: int = 1) -> Iterator[
     if (used != devices) if closed else devices % used:
         wants = f"is a mesh of {used}" if closed else f"does not divide the {devices}"
         yield f"{said} {wants}, but the job has {devices} devices: change the mesh or the accelerator"
+    elif replicas > 1 and "data" not in wanted and "train" in command:  # a study has no such flags
+        yield f"data goes across the {replicas} slices, and the command leaves it to the config: say --mesh.data {replicas}"
     elif (data := sizes.get("data", devices // used if len(sizes) == 2 else 0)) % replicas:
         yield f"{said}: data is {data}, which {replicas} slices cannot share evenly; make it a multiple of {replicas}"

@@ -201,6 +201,7 @@ BROKEN = {  # what is broken: (golden case, where, what is written there, what i
         {"args": ["--mesh.data", "1"]},
         "data is 1, which 2 slices cannot share",
     ),
+    "config's slices": ("gke-v5e-256x2", TRAINER, {"args": TRAIN[1:]}, "leaves it to the config: say --mesh.data 2"),
     "rest of slices": (
         "gke-v5e-256x2",
         TRAINER,
@@ -301,7 +302,7 @@ def test_a_profile_that_cannot_be_is_refused(what):
 
 
 def test_the_route_prints_a_manifest_from_a_profile_by_name_and_its_flags_overrule(capsys):
-    words = "gke_jobset --profile gke_v5e --accelerator v6e:8x8 --slices 2 --queue q -- tcjax train configs/boards.py"
+    words = "gke_jobset --profile gke_v5e --accelerator v6e:8x8 --slices 2 --queue q -- tcjax train c.py --mesh.data 2"
     assert door.main(words.split()) == 0
     (manifest,) = pyyaml.safe_load_all(capsys.readouterr().out)
     assert_fits_the_api(manifest)
@@ -311,7 +312,7 @@ def test_the_route_prints_a_manifest_from_a_profile_by_name_and_its_flags_overru
 
 @pytest.mark.parametrize("name", known("gke_jobset"))
 def test_every_profile_of_the_repository_gives_a_manifest_that_fits_the_api(name, capsys):
-    assert door.main(["gke_jobset", "--profile", name, "--", *TRAIN]) == 0
+    assert door.main(["gke_jobset", "--profile", name, "--", *TRAIN, "--mesh.data", "2"]) == 0
     for manifest in pyyaml.safe_load_all(capsys.readouterr().out):
         assert_fits_the_api(manifest)
 

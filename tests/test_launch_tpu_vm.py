@@ -57,7 +57,8 @@ CREATED = {  # fields of a profile: what the request says
 @pytest.mark.parametrize("what", CREATED)
 def test_a_request_says_what_the_profile_says(what):
     changes, said = CREATED[what]
-    text = tpu_vm.text(Job(name="a", command=TRAIN), profile(**changes)).replace("\\\n    ", "")
+    command = (*TRAIN, "--mesh.data", str(changes.get("slices", 1)))
+    text = tpu_vm.text(Job(name="a", command=command), profile(**changes)).replace("\\\n    ", "")
     (create,) = re.findall(r"gcloud .*queued-resources create .*", text)
     assert said in create
     assert create.startswith("gcloud alpha ") == (what == "flex")
@@ -169,9 +170,10 @@ def test_a_lost_process_is_begun_again_on_its_host_and_an_error_is_not(cloud):
 
 
 def test_slices_know_their_number_and_the_first_ones_address(cloud):
-    job = Job(name="llava-7b", command=TRAIN)
+    command = (*TRAIN, "--mesh.data", "2")
+    job = Job(name="llava-7b", command=command)
     assert run(script(cloud, job, slices=2, repository=str(cloud / "repository"))).returncode == 0
-    words = " ".join(TRAIN[1:])
+    words = " ".join(command[1:])
     assert began(cloud) == [
         f"llava-7b-{slice}-{host} {words} {slice} 10.0.0.9:8081 2" for slice in (0, 1) for host in (0, 1)
     ]
@@ -273,10 +275,11 @@ def test_a_profile_that_cannot_be_is_refused(what):
 @pytest.mark.parametrize(
     "name, command, said",
     [
-        ("7b", TRAIN, "a letter first"),
-        ("a" * 63, TRAIN, "at most 62"),
+        ("7b", (*TRAIN, "--mesh.data=2"), "a letter first"),
+        ("a" * 63, (*TRAIN, "--mesh.data=2"), "at most 62"),
         ("a", (*TRAIN, "--mesh.fsdp=3"), "--mesh.fsdp 3 does not divide the 32, but the job has 32 devices"),
         ("a", (*TRAIN, "--mesh.data=1"), "2 slices cannot share evenly"),
+        ("a", TRAIN, "leaves it to the config: say --mesh.data 2"),
     ],
 )
 def test_a_job_that_cannot_be_is_refused(name, command, said):

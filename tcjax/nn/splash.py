@@ -23,9 +23,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 )
 
 _NOBODY = -1  # the id of what fills the last block
-_BLOCKS = range(
-    1024, 128, -128
-)  # positions of a tile, the largest first: fewer, larger tiles keep the matrix unit busy
+_BLOCKS = range(1024, 128, -128)  # positions of a tile; the largest first, which keeps the matrix unit busy
 
 
 def block(positions: int) -> int:
